@@ -1,0 +1,1 @@
+"""fxopt: compile a trained PyTorch model for the machine it must run on."""

@@ -1,0 +1,93 @@
+"""The contract of a backend: take a rewritten program, give back something that runs it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fxopt.errors import ArtifactError, BackendUnavailable, SpecError, near_miss
+from fxopt.program import Program
+from fxopt.target import Target
+
+
+class Executable(abc.ABC):
+    """A lowered program.
+
+    Calls are thread-safe. Inputs are checked against the signature by the caller. Under ``torch.no_grad`` or not,
+    results carry no gradient.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Flat outputs, writebacks included, for flat inputs (one value for each placeholder)."""
+
+    def save(self, path: Path) -> None:
+        """Write the engine's own file format.
+
+        Raises:
+            ArtifactError: the backend has none for this kind of file.
+        """
+        raise ArtifactError(f"this backend cannot write {path.suffix or path.name!r} files; backend='onnx' writes .onnx")
+
+    def nbytes(self) -> int | None:
+        """Bytes of the weights that the engine keeps, or None where it does not say."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend(abc.ABC):
+    """One engine. Subclasses are frozen dataclasses; their fields are the ``backend_options``.
+
+    Class attributes:
+        name: what the user writes as ``backend=``.
+        requires: top-level modules of the engine; where one is not importable the backend is unavailable.
+        install: what to pip-install for them.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    install: ClassVar[str] = ""
+
+    @classmethod
+    def require(cls) -> None:
+        """Check that the engine is installed.
+
+        Raises:
+            BackendUnavailable: it is not; the message says what to install.
+        """
+        missing = [m for m in cls.requires if importlib.util.find_spec(m) is None]
+        if missing:
+            raise BackendUnavailable(
+                f"backend {cls.name!r} needs {', '.join(missing)}, which is not installed: pip install {cls.install}"
+            )
+
+    @abc.abstractmethod
+    def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
+        """Compile *program* (owned by the backend from here on: it may consume its constants).
+
+        Args:
+            program: the graph after all passes; a copy nobody else uses.
+            target: the machine to compile for.
+            inputs: flat example inputs.
+
+        Raises:
+            UnsupportedOp: the engine cannot express some op; each is named with its source line.
+            BackendUnavailable: the engine is not installed.
+        """
+
+    @classmethod
+    def with_options(cls, options: dict[str, Any]) -> Backend:
+        """An instance with *options* set.
+
+        Raises:
+            SpecError: the backend has no such option.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise SpecError(f"backend {cls.name!r} has no option {name!r}.{near_miss(name, known)}")
+        return cls(**options)

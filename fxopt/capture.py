@@ -1,0 +1,291 @@
+"""From what the user has (Module, ExportedProgram, GraphModule) to a :class:`Program`.
+
+    model ──private eval copy, weights shared──▶ torch.export ──functionalize──▶ flat graph, tied weights merged
+
+The user's object is never touched: the copy has its own ``training`` flags, buffers and Python attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+import operator
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from fxopt import dynamic
+from fxopt.errors import CaptureError, FxoptError, InputError
+from fxopt.functionalize import functionalize
+from fxopt.program import Program
+from fxopt.signature import Leaf, Signature, Writeback
+
+_log = logging.getLogger("fxopt")
+_STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ}
+
+
+@dataclasses.dataclass
+class Captured:
+    """A captured model together with what it answered on its example inputs.
+
+    Attributes:
+        program: the graph.
+        model: the private eval copy that was captured; calling it does not disturb the user's object.
+        inputs: flat example input leaves.
+        reference: flat eager output leaves for them.
+    """
+
+    program: Program
+    model: nn.Module
+    inputs: list[Any]
+    reference: list[Any]
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """An eval-mode copy of *model*: parameters shared, buffers and everything else its own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in [*module._parameters.values(), *module.__dict__.values()]:
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                memo.setdefault(id(buffer), buffer.detach().clone())
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}), and fxopt never works on your own object. "
+            "Make copy.deepcopy(model) work, or pass torch.export.export(model, inputs) instead."
+        ) from error
+    return twin.eval()
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Captured:
+    """Capture *model* for the given example inputs.
+
+    Args:
+        model: nn.Module (GraphModules included) or ExportedProgram. Not modified.
+        args: positional example inputs; ``kwargs`` keyword ones.
+        dynamic_shapes: as ``torch.export.export`` takes it; a string stands for a ``Dim`` of that name.
+
+    Raises:
+        CaptureError: the model cannot be expressed as one graph; the message shows the user's source line.
+        InputError: the model is of a wrong type or holds NaN, or the inputs do not fit it.
+    """
+    kwargs = dict(kwargs or {})
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, args, kwargs)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
+    twin = private_copy(model)
+    _refuse_nan(twin)
+    reference = _run_eager(twin, args, kwargs)
+    exported = _export(twin, args, kwargs, dynamic_shapes)
+    return _finish(exported, twin, args, kwargs, reference)
+
+
+def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    if not args and not kwargs and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+    exported = copy.copy(model)
+    exported._graph_module = copy.deepcopy(model.graph_module, {id(t): t for t in model.state_dict.values()})
+    runner = private_copy(model.module())
+    _refuse_nan(runner)
+    return _finish(exported, runner, args, kwargs, _run_eager(runner, args, kwargs))
+
+
+def _finish(
+    exported: ExportedProgram, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reference: list[Any]
+) -> Captured:
+    program = _to_program(functionalize(exported), _forward_signature(model))
+    if len(reference) != len(program.signature.outputs):
+        raise CaptureError("the captured graph returns another structure than the model itself")
+    return Captured(program, model, program.signature.flatten(args, kwargs), reference)
+
+
+def _forward_signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _refuse_nan(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    bad = [name for name, t in tensors if t.is_floating_point() and bool(torch.isnan(t.detach().sum()))]
+    bad = [name for name in bad if bool(torch.isnan(_by_name(model, name)).any())]
+    if bad:
+        raise InputError(
+            f"the model holds NaN in {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}; "
+            "a compiled model could not be verified against it. Repair the weights first."
+        )
+
+
+def _by_name(model: nn.Module, name: str) -> torch.Tensor:
+    found = operator.attrgetter(name)(model)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Flat eager outputs. Buffers and inputs that the run mutates are put back."""
+    buffers = [b for b in model.buffers()]
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+    before = [b.clone() for b in buffers]
+    own_args, own_kwargs = pytree.tree_unflatten(own, spec)
+    try:
+        with torch.no_grad():
+            result = model(*own_args, **own_kwargs)
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+    except Exception as error:
+        raise InputError(f"the model itself fails on the example inputs: {type(error).__name__}: {error}") from error
+    _register_dataclasses(result)
+    outputs = pytree.tree_leaves(result)
+    return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in outputs]
+
+
+def _register_dataclasses(value: Any) -> None:
+    """Teach torch's pytree the dataclasses in an output, as torch.export asks its users to do by hand."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if not isinstance(value, Mapping) and type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
+        children: list[Any] = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        children = list(value.values())
+    else:
+        children = list(value) if isinstance(value, (list, tuple)) else []
+    for child in children:
+        _register_dataclasses(child)
+
+
+_quiet_lock = threading.Lock()
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Silence torch.export's own log lines: what matters of them is in our errors."""
+    with _quiet_lock:
+        loggers = [logging.getLogger(n) for n in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    shapes = dynamic.normalize(shapes)
+    if shapes is not None:
+        args, kwargs = dynamic.enlarge(model, args, kwargs, shapes)
+    try:
+        with torch.no_grad(), quiet_export():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise CaptureError(explain(error, model)) from error
+
+
+def explain(error: Exception, model: nn.Module) -> str:
+    """What went wrong in an export, where in the user's code, and what to do about it."""
+    text = str(error)
+    where = text.partition("The following call raised this error:")[2].strip().split("\n\n")[0].strip()
+    if not where:
+        frames = [f for f in inspect.getinnerframes(error.__traceback__) if "torch" not in f.filename.split("/")]
+        frames = [f for f in frames if "/fxopt/" not in f.filename]
+        where = "".join(f'File "{f.filename}", line {f.lineno}\n    {(f.code_context or [""])[0].strip()}' for f in frames[-1:])
+    name = type(error).__name__
+    if "DataDependent" in name or "data-dependent" in text:
+        what = "the model decides by the value of a tensor (data-dependent control flow), which one graph cannot hold"
+        todo = "Write the branch with torch.where or torch.cond, or compile the parts around it."
+    elif "Constraints violated" in text or "specialized" in text or "dynamic" in name.lower():
+        what = f"the dynamic shapes do not hold for this model: {text.splitlines()[0]}"
+        todo = "Relax dynamic_shapes as the message says, or make that size static.\n" + text
+    else:
+        what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
+        todo = "Try torch.export.export(model, inputs) on its own to see all of it."
+    return f"{type(model).__name__} cannot be captured: {what}\n  {where}\n{todo}"
+
+
+def _to_program(exported: ExportedProgram, forward: inspect.Signature | None) -> Program:
+    """Parameters become get_attr nodes (tied ones a single node); only user inputs stay placeholders."""
+    graph, values, constants = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, Any]()
+    holders = list(exported.graph.find_nodes(op="placeholder"))
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    user = [n for n in holders if specs[n.name].kind not in _STATE]
+    for node in user:
+        values[node] = graph.node_copy(node)
+    by_identity: dict[int, fx.Node] = {}
+    owners: dict[str, str] = {}
+    for node in holders:
+        spec = specs[node.name]
+        if spec.kind not in _STATE:
+            continue
+        name, value = str(spec.target), _constant(exported, str(spec.target))
+        if id(value) not in by_identity:
+            by_identity[id(value)] = graph.get_attr(name)
+            by_identity[id(value)].meta = dict(node.meta)
+            constants[name] = value.detach() if isinstance(value, torch.Tensor) else value
+        values[node] = by_identity[id(value)]
+        owners[name] = str(values[node].target)
+    for node in exported.graph.nodes:
+        if node.op == "get_attr":
+            constants[str(node.target)] = getattr(exported.graph_module, str(node.target))
+        if node.op not in ("placeholder", "output"):
+            values[node] = graph.node_copy(node, values.__getitem__)
+    signature, results = _signature(exported, user, forward, owners)
+    graph.output(tuple(values[r] if isinstance(r, fx.Node) else r for r in results))
+    program = Program(graph, constants, signature)
+    program.remove_dead()
+    return program
+
+
+def _constant(exported: ExportedProgram, name: str) -> Any:
+    return exported.state_dict[name] if name in exported.state_dict else exported.constants[name]
+
+
+def _signature(
+    exported: ExportedProgram, user: list[fx.Node], forward: inspect.Signature | None, owners: Mapping[str, str]
+) -> tuple[Signature, list[Any]]:
+    (flat,) = exported.graph.output_node().args
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    results, extra, writebacks = [], [], []
+    for value, spec in zip(flat, exported.graph_signature.output_specs, strict=True):  # type: ignore[arg-type]
+        if spec.kind is OutputKind.USER_OUTPUT:
+            results.append(value)
+        elif spec.kind is OutputKind.BUFFER_MUTATION:
+            extra.append(value)
+            writebacks.append(Writeback(constant=owners[str(spec.target)]))
+        elif spec.kind is OutputKind.USER_INPUT_MUTATION:
+            extra.append(value)
+            writebacks.append(Writeback(input=[n.name for n in user].index(str(spec.target))))
+        else:
+            raise CaptureError(f"the model has an output of kind {spec.kind.name}, which fxopt does not know")
+    values = {s.arg.name: getattr(s.arg, "value", None) for s in exported.graph_signature.input_specs}
+    inputs = [dynamic.leaf(n.name, n.meta.get("val"), values[n.name]) for n in user]
+    fakes = [r.meta.get("val") if isinstance(r, fx.Node) else None for r in results]
+    names = dynamic.output_names(out_spec)
+    outputs = [dynamic.leaf(*leaf) for leaf in zip(names, fakes, results, strict=True)]
+    ranges = dynamic.ranges(exported)
+    signature = Signature(in_spec, out_spec, tuple(inputs), tuple(outputs), forward, ranges, tuple(writebacks))
+    return signature, results + extra

@@ -1,0 +1,67 @@
+"""The contract of a pass, and what the pipeline hands to it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fxopt.errors import PreconditionError
+from fxopt.target import Target
+
+if TYPE_CHECKING:
+    from fxopt.calibration import Calibration
+    from fxopt.rewriter import Rewriter
+
+
+@dataclasses.dataclass(frozen=True)
+class PassContext:
+    """What a pass may look at besides the graph.
+
+    Attributes:
+        target: the machine compiled for.
+        inputs: flat example inputs, one for each placeholder.
+        calibration: the user's calibration data, or None.
+    """
+
+    target: Target
+    inputs: Sequence[Any]
+    calibration: Calibration | None = None
+
+    def batches(self, who: Pass) -> Iterator[list[Any]]:
+        """Flat inputs of each calibration batch.
+
+        Raises:
+            PreconditionError: there is no calibration data.
+        """
+        if self.calibration is None:
+            raise PreconditionError(
+                f"{who.name} looks at data: pass calibration=, an iterable of input tuples (a DataLoader works)"
+            )
+        return self.calibration.batches()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One graph rewrite. Subclasses are frozen dataclasses; their fields are the options of the spec string.
+
+    Class attributes:
+        name: the name in spec strings, reports and dump files.
+        exact: the rewritten graph computes the same, within floating-point tolerance.
+        runs_after: passes that, where they are in the pipeline too, must stand before this one.
+        runs_before: passes that must stand after this one.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    runs_after: ClassVar[tuple[str, ...]] = ()
+    runs_before: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        """Rewrite the graph, through *rewriter* only; leave a reason for each candidate left alone.
+
+        Raises:
+            PreconditionError: something that the pass needs is missing.
+        """

@@ -1,0 +1,215 @@
+"""How a call ``model(*args, **kwargs)`` becomes flat tensors and back: structure, names, shapes, dtypes, writebacks.
+
+``bind`` is on the path of every call of a compiled model: plain positional tensors take a short cut, everything
+else goes through pytree, and a call that spells the same arguments otherwise (by keyword, with a default left out)
+is re-spelled as it was at capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import InputError
+
+Dim = int | sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of the inputs or outputs.
+
+    Attributes:
+        name: a valid identifier, unique among the inputs (or outputs).
+        shape: sizes; a sympy expression stands for a dynamic one. None for a leaf that is no tensor.
+        dtype: torch dtype of a tensor leaf.
+        value: the value of a leaf that is no tensor; the graph was captured for this value alone.
+    """
+
+    name: str
+    shape: tuple[Dim, ...] | None = None
+    dtype: torch.dtype | None = None
+    value: Any = None
+    device: str = "cpu"
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the leaf is a tensor."""
+        return self.shape is not None
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return repr(self.value)
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(str(d) for d in self.shape)}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Writeback:
+    """An extra output that is copied into a buffer or an input after the call: the model mutates it.
+
+    Attributes:
+        constant: name of the mutated buffer in ``Program.constants``, or None.
+        input: index of the mutated input leaf, or None.
+    """
+
+    constant: str | None = None
+    input: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Structure of a model's inputs and outputs.
+
+    Attributes:
+        in_spec: tree of ``(args, kwargs)``.
+        out_spec: tree of the outputs.
+        inputs: leaves of the inputs, in order; ``outputs`` likewise.
+        forward: Python signature of the model's forward, where known; lets keyword spellings vary.
+        ranges: (lowest, highest) size for each dynamic symbol.
+        writebacks: what the model mutates.
+    """
+
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    inputs: tuple[Leaf, ...]
+    outputs: tuple[Leaf, ...]
+    forward: inspect.Signature | None = None
+    ranges: Mapping[sympy.Symbol, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    writebacks: tuple[Writeback, ...] = ()
+
+    def __post_init__(self) -> None:
+        args, kwargs = self._children()
+        plain = not kwargs and all(c.is_leaf() for c in args) and all(leaf.is_tensor for leaf in self.inputs)
+        static = all(isinstance(d, int) for leaf in self.inputs for d in leaf.shape or ())
+        checks = [(torch.Size(leaf.shape or ()), leaf.dtype) for leaf in self.inputs] if plain and static else None
+        object.__setattr__(self, "_quick", checks)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The flat input leaves of a call (constants included, in their place).
+
+        Raises:
+            InputError: structure, shape, dtype, device or constant differs from the captured one.
+        """
+        quick: list[tuple[torch.Size, torch.dtype]] | None = self._quick  # type: ignore[attr-defined]
+        if quick is not None and not kwargs and len(args) == len(quick):
+            for x, (shape, dtype) in zip(args, quick, strict=True):
+                if type(x) is not torch.Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+                    break
+            else:
+                return list(args)
+        leaves = self.flatten(args, kwargs)
+        self._check(leaves)
+        return leaves
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Leaves of the call, re-spelled as it was captured; shapes and dtypes are not checked.
+
+        Raises:
+            InputError: the structure differs from the captured one.
+        """
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if spec == self.in_spec:
+            return leaves
+        respelled = self._respell(args, kwargs)
+        if respelled is not None:
+            leaves, spec = pytree.tree_flatten(respelled)
+            if spec == self.in_spec:
+                return leaves
+        raise InputError(f"inputs have another structure than at capture: expected {self.describe()}, got {spec}")
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The user's output structure from the flat outputs (without writebacks)."""
+        if self.out_spec.is_leaf():
+            return outputs[0]
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+    def describe(self) -> str:
+        """Inputs in one line: ``x: float32[1, 3, 224, 224]``."""
+        return ", ".join(f"{leaf.name}: {leaf}" for leaf in self.inputs) or "no inputs"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any input size is dynamic."""
+        return any(not isinstance(d, int) for leaf in self.inputs for d in leaf.shape or ())
+
+    def _children(self) -> tuple[list[pytree.TreeSpec], dict[str, pytree.TreeSpec]]:
+        args, kwargs = self.in_spec.children()
+        return list(args.children()), dict(zip(kwargs.context or (), kwargs.children(), strict=True))
+
+    def _respell(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        captured_args, captured_kwargs = self._children()
+        if set(kwargs) == set(captured_kwargs) and len(args) == len(captured_args):
+            return tuple(args), {name: kwargs[name] for name in captured_kwargs}
+        if self.forward is None:
+            return None
+        try:
+            given = self.forward.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(f"the call does not fit the model's forward: {error}") from None
+        given.apply_defaults()
+        kinds = {p.kind for p in self.forward.parameters.values()}
+        named = dict(given.arguments)
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            rest = next(p.name for p in self.forward.parameters.values() if p.kind is p.VAR_KEYWORD)
+            named |= named.pop(rest)
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return None
+        names = list(self.forward.parameters)[: len(captured_args)] + list(captured_kwargs)
+        if any(name not in named for name in names) or not self._only_defaults(named, set(names)):
+            return None
+        values = [named[name] for name in names]
+        split = len(captured_args)
+        return tuple(values[:split]), dict(zip(captured_kwargs, values[split:], strict=True))
+
+    def _only_defaults(self, named: Mapping[str, Any], captured: set[str]) -> bool:
+        assert self.forward is not None
+        for name in set(named) - captured:
+            parameter = self.forward.parameters.get(name)
+            if parameter is None or named[name] is not parameter.default:
+                return False
+        return True
+
+    def _check(self, leaves: Sequence[Any]) -> None:
+        symbols: dict[sympy.Symbol, int] = {}
+        for leaf, x in zip(self.inputs, leaves, strict=True):
+            problem = _mismatch(leaf, x) or (self._dims_mismatch(leaf, x, symbols) if leaf.is_tensor else None)
+            if problem:
+                raise InputError(f"input {leaf.name!r} {problem}; the model was captured for {self.describe()}")
+
+    def _dims_mismatch(self, leaf: Leaf, x: torch.Tensor, symbols: dict[sympy.Symbol, int]) -> str | None:
+        for i, (size, expected) in enumerate(zip(x.shape, leaf.shape or (), strict=True)):
+            if isinstance(expected, int):
+                if size != expected:
+                    return f"has size {size} in dimension {i}, expected {expected}"
+                continue
+            if isinstance(expected, sympy.Symbol) and expected not in symbols:
+                low, high = self.ranges.get(expected, (0, 2**63 - 1))
+                if not low <= size <= high:
+                    return f"has size {size} in dimension {i}, expected {low} to {high}"
+                symbols[expected] = size
+                continue
+            value = expected.subs(symbols)
+            if value.is_number and int(value) != size:
+                return f"has size {size} in dimension {i}, expected {expected} = {value}"
+        return None
+
+
+def _mismatch(leaf: Leaf, x: object) -> str | None:
+    if not leaf.is_tensor:
+        same = type(x) is type(leaf.value) and bool(x == leaf.value)
+        return None if same else f"is {x!r}, expected {leaf.value!r}"
+    if not isinstance(x, torch.Tensor):
+        return f"is {type(x).__name__}, expected a tensor"
+    if x.dtype != leaf.dtype:
+        return f"has dtype {x.dtype}, expected {leaf.dtype}"
+    if x.device.type != leaf.device:
+        return f"is on {x.device}, expected {leaf.device}"
+    if x.dim() != len(leaf.shape or ()):
+        return f"has {x.dim()} dimensions, expected {len(leaf.shape or ())}"
+    return None
