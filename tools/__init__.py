@@ -1,0 +1,1 @@
+"""Tools of contributors; nothing here is installed."""

@@ -1,0 +1,213 @@
+"""The third-party models that tests, zoo and benchmarks share: torchvision's classifiers and transformers' encoders.
+
+Weights are random (nothing is downloaded) and then unsettled: parameters that an initialiser leaves constant (zero
+heads, unit scales) get noise, and batch norms take the statistics of a batch. Otherwise half of a model would
+multiply by one and add zero, and comparing it with eager would prove little.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Loaded = tuple[nn.Module, tuple[torch.Tensor, ...]]
+"""A model in eval mode and one set of positional example inputs."""
+
+
+def torchvision_models() -> ModuleType:
+    """``torchvision.models``, importable although the wheel's compiled operators do not load beside a CPU torch.
+
+    torchvision registers shape functions for ``nms`` and ``qnms`` while it is imported; declaring the two first is
+    enough for every model builder.
+    """
+    if "torchvision" not in sys.modules:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+    return importlib.import_module("torchvision.models")
+
+
+_KEPT: list[Any] = []  # a Library takes its declarations back when it is collected
+
+
+def torchvision_names() -> list[str]:
+    """Names of all of torchvision's classification builders."""
+    models = torchvision_models()
+    return sorted(models.list_models(module=models))
+
+
+def _image_options(name: str, small: bool) -> tuple[int, dict[str, Any]]:
+    """Side length of the input image in pixels, and builder options, for the torchvision builder *name*."""
+    if name.startswith("vit_"):
+        side = (98 if name == "vit_h_14" else 96) if small else 224
+        return side, {"image_size": side}
+    if name == "maxvit_t":  # its windows are laid out for 224 pixels
+        return 224, {}
+    if name == "inception_v3":
+        return (96 if small else 299), {"init_weights": False}
+    if name == "googlenet":
+        return (96 if small else 224), {"init_weights": False}
+    return (96 if small else 224), {}
+
+
+def _torchvision(name: str, small: bool) -> Loaded:
+    side, options = _image_options(name, small)
+    model: nn.Module = torchvision_models().get_model(name, weights=None, **options)
+    inputs = (torch.randn(1, 3, side, side),)
+    return unsettle(model.eval(), torch.randn(4, 3, side, side)), inputs
+
+
+def _tokens(vocabulary: int, length: int) -> tuple[torch.Tensor, ...]:
+    return (torch.randint(0, vocabulary, (1, length)),)
+
+
+def _bert(**options: Any) -> Loaded:
+    import transformers
+
+    config = transformers.BertConfig(**options)
+    return transformers.BertModel(config).eval(), _tokens(config.vocab_size, 128)
+
+
+def _small_bert() -> Loaded:
+    model, inputs = _bert(
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    return model, (inputs[0][:, :16],)
+
+
+def _small_gpt2() -> Loaded:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64, use_cache=False)
+    return transformers.GPT2LMHeadModel(config).eval(), _tokens(512, 16)
+
+
+def _small_llama() -> Loaded:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).eval(), _tokens(512, 16)
+
+
+def _small_t5_encoder() -> Loaded:
+    import transformers
+
+    config = transformers.T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    return transformers.T5EncoderModel(config).eval(), _tokens(512, 16)
+
+
+def _small_vit() -> Loaded:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+    )
+    return transformers.ViTModel(config).eval(), (torch.randn(1, 3, 32, 32),)
+
+
+def _small_swin() -> Loaded:
+    import transformers
+
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4
+    )
+    return transformers.SwinModel(config).eval(), (torch.randn(1, 3, 32, 32),)
+
+
+def _small_whisper_encoder() -> Loaded:
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = transformers.WhisperConfig(
+        num_mel_bins=16, d_model=64, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128,
+        max_source_positions=32,
+    )  # fmt: skip
+    return WhisperEncoder(config).eval(), (torch.randn(1, 16, 64),)
+
+
+_TRANSFORMERS: dict[str, Callable[[], Loaded]] = {
+    "bert": _small_bert,
+    "gpt2": _small_gpt2,
+    "llama": _small_llama,
+    "t5-encoder": _small_t5_encoder,
+    "hf-vit": _small_vit,
+    "hf-swin": _small_swin,
+    "whisper-encoder": _small_whisper_encoder,
+}
+
+
+def transformers_names() -> list[str]:
+    """Names of the small transformers configurations."""
+    return list(_TRANSFORMERS)
+
+
+def load(name: str, *, small: bool = False) -> Loaded:
+    """The model *name* with random, unsettled weights, and one set of example inputs.
+
+    Args:
+        name: a torchvision classification builder, a small transformers configuration
+            (:func:`transformers_names`), or ``"bert-base"`` with 128 tokens.
+        small: take 96-pixel images where the model allows it.
+
+    Raises:
+        KeyError: the name is none of these.
+    """
+    torch.manual_seed(0)
+    if name == "bert-base":
+        return _bert()
+    if name in _TRANSFORMERS:
+        model, inputs = _TRANSFORMERS[name]()
+        return unsettle(model, *inputs), inputs
+    if name in torchvision_names():
+        return _torchvision(name, small)
+    raise KeyError(f"unknown model {name!r}; known: bert-base, {', '.join(_TRANSFORMERS)}, and torchvision's builders")
+
+
+@torch.no_grad()
+def unsettle(model: nn.Module, *batch: torch.Tensor) -> nn.Module:
+    """Gives *model* (in eval mode) parameters and batch-norm statistics that all matter; returns it.
+
+    Args:
+        model: changed in place.
+        batch: inputs of at least two samples where the model has batch norms.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
+            parameter += 0.1 * torch.randn_like(parameter)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return model
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # the plain average of what it sees, here of one batch
+        norm.reset_running_stats()
+    model(*batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+        if norm.running_var is not None:  # a channel that was silent would be amplified without bound
+            norm.running_var.clamp_(min=0.01 * float(norm.running_var.mean()) + 1e-6)
+    return model
