@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import ROOT
 
 NEVER = ("torchvision", "timm", "transformers", "sklearn", "matplotlib", "tools", "tests", "passes", "backends")
 """What the installed library imports nowhere, not even inside a function."""

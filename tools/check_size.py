@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools import ROOT
+
 FOLDERS = ("fxopt", "passes", "backends")
 FILE_LINES = 300
 FUNCTION_LINES = 50

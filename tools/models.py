@@ -195,7 +195,7 @@ def unsettle(model: nn.Module, *batch: torch.Tensor) -> nn.Module:
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return model

@@ -1,0 +1,223 @@
+"""The engines that tools/bench sets side by side, fxopt on each of its backends among them.
+
+A contestant is built from an eager model and its inputs and gives a call without arguments. All of them get the same
+number of threads. The plain ONNX file, exported once from the untouched model, serves onnxruntime and OpenVINO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxopt
+
+Call = Callable[[], Any]
+BF16 = "cast-precision{dtype=bf16}"
+
+
+@dataclass
+class Subject:
+    """The model under test.
+
+    Attributes:
+        model: eager, in eval mode.
+        inputs: positional inputs.
+        threads: number of threads of every engine.
+        folder: for files.
+    """
+
+    model: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    threads: int
+    folder: Path
+    _onnx: Path | None = field(default=None, init=False)
+
+    @property
+    def onnx(self) -> Path:
+        """The plain ONNX export of the model, made at the first use."""
+        if self._onnx is None:
+            path = self.folder / "plain.onnx"
+            torch.onnx.export(self.model, self.inputs, path, dynamo=True, verbose=False)
+            self._onnx = path
+        return self._onnx
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs by their names in the ONNX file."""
+        import onnx
+
+        graph = onnx.load(self.onnx, load_external_data=False).graph
+        return {value.name: x.numpy() for value, x in zip(graph.input, self.inputs, strict=True)}
+
+
+def eager(subject: Subject) -> Call:
+    """The model as it is."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return subject.model(*subject.inputs)
+
+    return call
+
+
+def inductor(subject: Subject, *, bf16: bool = False) -> Call:
+    """torch.compile with frozen weights; in bf16 under autocast. Caches are off, so that compile time is honest."""
+    import torch._inductor.config as config
+
+    config.force_disable_caches = True
+    config.freezing = True
+    compiled = torch.compile(subject.model)
+
+    def call() -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return compiled(*subject.inputs)
+
+    return call
+
+
+def onnxruntime(subject: Subject) -> Call:
+    """The plain file on onnxruntime, with its own optimizations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = subject.threads
+    session = ort.InferenceSession(str(subject.onnx), options, providers=["CPUExecutionProvider"])
+    feed = subject.arrays()
+    return lambda: session.run(None, feed)
+
+
+def openvino(subject: Subject, *, precision: str = "f32") -> Call:
+    """The plain file on OpenVINO, with its own optimizations."""
+    import openvino as ov
+
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": subject.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = ov.Core().compile_model(str(subject.onnx), "CPU", options)
+    feed = list(subject.arrays().values())
+
+    def call() -> Any:
+        return list(compiled(feed, share_inputs=True, share_outputs=True).values())
+
+    return call
+
+
+def with_fxopt(subject: Subject, *, backend: str, passes: str | None = None, **options: Any) -> Call:
+    """What fxopt makes of the model for *backend*, with everything it does by default, verification included."""
+    if backend in ("onnx", "openvino"):
+        options["threads"] = subject.threads
+    compiled = fxopt.compile(
+        subject.model, example_inputs=subject.inputs, passes=passes, backend=backend, backend_options=options or None
+    )
+    return lambda: compiled(*subject.inputs)
+
+
+CONTESTANTS: dict[str, Callable[[Subject], Call]] = {
+    "eager": eager,
+    "inductor": inductor,
+    "inductor bf16": lambda s: inductor(s, bf16=True),
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "openvino bf16": lambda s: openvino(s, precision="bf16"),
+    "fxopt torch": lambda s: with_fxopt(s, backend="torch"),
+    "fxopt torch bf16": lambda s: with_fxopt(s, backend="torch", passes=BF16),
+    "fxopt onnx": lambda s: with_fxopt(s, backend="onnx"),
+    "fxopt openvino": lambda s: with_fxopt(s, backend="openvino"),
+    "fxopt openvino bf16": lambda s: with_fxopt(s, backend="openvino", passes=BF16),
+    "fxopt auto": lambda s: with_fxopt(s, backend="auto"),
+}
+
+PEERS: dict[str, tuple[str, ...]] = {
+    "fxopt torch": ("inductor",),
+    "fxopt torch bf16": ("inductor bf16",),
+    "fxopt onnx": ("onnxruntime",),
+    "fxopt openvino": ("openvino",),
+    "fxopt openvino bf16": ("openvino bf16",),
+    "fxopt auto": ("inductor", "onnxruntime", "openvino"),
+}
+"""What each fxopt contestant is held against: the fastest of these, in the same run."""
+
+
+@dataclass
+class Built:
+    """A contestant that stands, or the reason why it does not.
+
+    Attributes:
+        call: runs the model once; None after a failure.
+        seconds: building it, its first call included (the ONNX export too where it is used).
+        error: largest difference from eager relative to eager's range.
+        failure: the engine's error, or "".
+    """
+
+    call: Call | None
+    seconds: float = 0.0
+    error: float = float("nan")
+    failure: str = ""
+
+
+def build(name: str, subject: Subject, *, limit_s: float = 300.0) -> Built:
+    """Builds the contestant *name* and calls it once; a failure is an answer, too."""
+    start = time.perf_counter()
+    try:
+        subject._onnx = None  # every contestant pays for its own export
+        with _time_limit(limit_s):
+            call = CONTESTANTS[name](subject)
+            result = call()
+        seconds = time.perf_counter() - start
+        return Built(call, seconds, _difference(result, eager(subject)()))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Built(None, time.perf_counter() - start, failure=f"{type(error).__name__}: {lines[0][:200]}")
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread after *seconds*."""
+
+    def expired(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _difference(result: Any, expected: Any) -> float:
+    """Largest difference of a tensor from eager's, relative to the range of eager's."""
+    got = [torch.as_tensor(np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)) for x in _leaves(result)]
+    wanted = _leaves(expected)
+    return max(
+        float((a.double() - b.double()).abs().max() / (b.double().max() - b.double().min()))
+        for a, b in zip(got, wanted, strict=True)
+    )
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor | np.ndarray)]
+
+
+def warm_up(names: list[str], threads: int) -> None:
+    """Builds every contestant for a tiny model once: imports and one-off checks of an engine are not compile time."""
+    torch.set_num_threads(threads)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(model, (torch.randn(1, 3, 8, 8),), threads, Path(folder))
+        for name in names:
+            build(name, subject)
