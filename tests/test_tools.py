@@ -1,0 +1,109 @@
+"""The tools that guard the tree, and the scaffold of a new pass."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fxopt import registry
+from fxopt.passbase import Pass
+from tools import ROOT, check_imports, check_size, new_pass, timing
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("fxopt", "import fxopt.passes.canonicalize"),
+        ("fxopt", "from fxopt.backends import torch"),
+        ("fxopt", "from fxopt import passes"),
+        ("fxopt", "from . import backends"),
+        ("fxopt", "try:\n    import fxopt.passes\nexcept ImportError:\n    pass"),
+        ("fxopt.passes", "def f():\n    import fxopt.backends.torch"),
+        ("fxopt.backends", "from fxopt.passes.canonicalize import Canonicalize"),
+        ("fxopt.backends", "import openvino"),
+        ("fxopt.backends", "def f():\n    import torchvision.models"),
+    ],
+)
+def test_a_forbidden_import_is_found(package: str, source: str) -> None:
+    assert list(check_imports.violations(source, package))
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("fxopt", "def f():\n    import fxopt.passes"),
+        ("fxopt", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fxopt import passes"),
+        ("fxopt.passes", "from fxopt.rewriter import Rewriter\nfrom fxopt.passes import available"),
+        ("fxopt.backends", "def f():\n    import openvino"),
+        ("fxopt.backends", "import torch\nfrom fxopt.backend import Backend"),
+    ],
+)
+def test_an_allowed_import_is_left_alone(package: str, source: str) -> None:
+    assert not list(check_imports.violations(source, package))
+
+
+def test_sizes_over_the_limit_are_found() -> None:
+    body = "\n".join("    pass" for _ in range(check_size.FUNCTION_LINES))
+    assert not list(check_size.oversized("def f():\n    pass\n"))
+    assert ["f has 51 lines" in text for _, text in check_size.oversized(f"def f():\n{body}\n")] == [True]
+    assert [line for line, _ in check_size.oversized("x = 1\n" * (check_size.FILE_LINES + 1))] == [1]
+
+
+def test_blocks_are_timed_after_the_dropped_calls() -> None:
+    calls = []
+    assert len(timing.block(lambda: calls.append(1), 3)) == 3
+    assert len(calls) == 3 + timing.DROPPED
+
+
+def test_geometric_mean() -> None:
+    assert timing.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder that looks like the repository to the scaffold."""
+    (tmp_path / "passes").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def _import(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_new_pass_passes_its_own_test(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, test, _ = new_pass.scaffold("drop-double-negation", root)
+    made: type[Pass] = _import(code, "fxopt.passes.drop_double_negation", monkeypatch).DropDoubleNegation
+    find = registry.find_pass
+    monkeypatch.setattr(registry, "find_pass", lambda name: made if name == made.name else find(name))
+    module = _import(test, "test_drop_double_negation", monkeypatch)
+    module.test_rewrites()
+    module.test_leaves_a_shared_value_alone()
+
+
+def test_a_new_pass_is_declared_among_the_others(root: Path) -> None:
+    new_pass.scaffold("drop-double-negation", root)
+    before = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    after = tomllib.loads((root / "pyproject.toml").read_text())
+    points = after["project"]["entry-points"]["fxopt.passes"]
+    assert points.pop("drop-double-negation") == "fxopt.passes.drop_double_negation:DropDoubleNegation"
+    assert list(points) == sorted(points)
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["Bad", "under_score", "-x", "", "canonicalize"])
+def test_a_bad_or_taken_pass_name_is_refused(name: str, root: Path) -> None:
+    with pytest.raises(ValueError, match="pass"):
+        new_pass.scaffold(name, root)
