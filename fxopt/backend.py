@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from fxopt.errors import ArtifactError, BackendUnavailable, SpecError, near_miss
 from fxopt.program import Program
 from fxopt.target import Target
@@ -32,6 +34,16 @@ class Executable(abc.ABC):
             ArtifactError: the backend has none for this kind of file.
         """
         raise ArtifactError(f"this backend cannot write {path.suffix or path.name!r} files; backend='onnx' writes .onnx")
+
+    def constant(self, name: str) -> torch.Tensor:
+        """The tensor behind a constant that ``lower`` took out of the program, in its plain layout.
+
+        For a constant that the model mutates (a writeback), the very tensor that the next call will read.
+
+        Raises:
+            KeyError: the executable holds no such constant.
+        """
+        raise KeyError(name)
 
     def nbytes(self) -> int | None:
         """Bytes of the weights that the engine keeps, or None where it does not say."""

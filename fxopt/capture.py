@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from fxopt import dynamic
+from fxopt import dynamic, structures
 from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.functionalize import functionalize
 from fxopt.program import Program
@@ -144,7 +144,8 @@ def _by_name(model: nn.Module, name: str) -> torch.Tensor:
 
 def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Flat eager outputs. Buffers and inputs that the run mutates are put back."""
-    buffers = [b for b in model.buffers()]
+    structures.register((args, kwargs))
+    buffers = list(model.buffers())
     leaves, spec = pytree.tree_flatten((args, kwargs))
     own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
     before = [b.clone() for b in buffers]
@@ -156,23 +157,9 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 buffer.copy_(old)
     except Exception as error:
         raise InputError(f"the model itself fails on the example inputs: {type(error).__name__}: {error}") from error
-    _register_dataclasses(result)
+    structures.register(result)
     outputs = pytree.tree_leaves(result)
     return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in outputs]
-
-
-def _register_dataclasses(value: Any) -> None:
-    """Teach torch's pytree the dataclasses in an output, as torch.export asks its users to do by hand."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if not isinstance(value, Mapping) and type(value) not in pytree.SUPPORTED_NODES:
-            torch.export.register_dataclass(type(value))
-        children: list[Any] = [getattr(value, f.name) for f in dataclasses.fields(value)]
-    elif isinstance(value, Mapping):
-        children = list(value.values())
-    else:
-        children = list(value) if isinstance(value, (list, tuple)) else []
-    for child in children:
-        _register_dataclasses(child)
 
 
 _quiet_lock = threading.Lock()
@@ -221,6 +208,9 @@ def explain(error: Exception, model: nn.Module) -> str:
     elif "Constraints violated" in text or "specialized" in text or "dynamic" in name.lower():
         what = f"the dynamic shapes do not hold for this model: {text.splitlines()[0]}"
         todo = "Relax dynamic_shapes as the message says, or make that size static.\n" + text
+    elif "not a known type" in text or "pytree" in text:
+        what = f"an input or output is of a type that cannot be taken apart: {text.split('. ')[0]}"
+        todo = "Return tensors, tuples, dicts or dataclasses, or register the type with torch.utils._pytree."
     else:
         what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
         todo = "Try torch.export.export(model, inputs) on its own to see all of it."

@@ -1,0 +1,174 @@
+"""The compiled model as the user holds it: called like the model, with its report, its graph and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxopt.backend import Executable
+from fxopt.errors import FxoptError, InputError
+from fxopt.program import Program
+from fxopt.report import Report
+from fxopt.target import Target
+
+Build = Callable[[tuple[Any, ...], dict[str, Any]], "Variant"]
+_MOST_VARIANTS = 8
+
+
+@dataclasses.dataclass
+class Variant:
+    """The result of one compile: for given input structure, shapes and dtypes.
+
+    Attributes:
+        program: the final program; its graph is whole, constants that the engine packed live in ``executable``.
+        executable: what runs it.
+        backend: name of the backend.
+        report: what was done.
+    """
+
+    program: Program
+    executable: Executable
+    backend: str
+    report: Report
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        signature = self.program.signature
+        inputs = signature.bind(args, kwargs)
+        if torch.is_grad_enabled():
+            _refuse_grad(inputs)
+        if not signature.writebacks:
+            return signature.unflatten(self.executable(inputs))
+        with self.lock:  # a model with state answers one caller at a time
+            outputs = self.executable(inputs)
+            split = len(signature.outputs)
+            results = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs[:split]]
+            self._write_back(inputs, outputs[split:])
+        return signature.unflatten(results)
+
+    def _write_back(self, inputs: list[Any], values: list[Any]) -> None:
+        with torch.no_grad():
+            for back, value in zip(self.program.signature.writebacks, list(values), strict=True):
+                place = inputs[back.input] if back.input is not None else self.executable.constant(str(back.constant))
+                place.copy_(value)
+
+
+def _refuse_grad(inputs: list[Any]) -> None:
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        raise InputError(
+            "an input requires grad, but a compiled model is for inference and keeps no gradients: call it under "
+            "torch.no_grad() or with detached inputs, and train the original model, then compile again"
+        )
+
+
+class CompiledModel:
+    """A model compiled for a target. Call it like the model it came from.
+
+    Calls are thread-safe and give tensors without gradients. Compiled without example inputs, it is captured at the
+    first call; another input structure, shape or dtype then captures anew, with a warning, and the last
+    8 variants are kept.
+    """
+
+    def __init__(self, target: Target, build: Build, variant: Variant | None) -> None:
+        self.target = target
+        self._build = build
+        self._fixed = variant
+        self._lazy: OrderedDict[Hashable, Variant] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs, in the model's own structure.
+
+        Raises:
+            InputError: the inputs do not fit what was captured, or require grad.
+        """
+        if self._fixed is not None:
+            return self._fixed(args, kwargs)
+        return self._variant(args, kwargs)(args, kwargs)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the model."""
+        return self._current("backend").backend
+
+    @property
+    def report(self) -> Report:
+        """What each pass did and skipped, sizes, and measured latency (of the latest variant)."""
+        return self._current("report").report
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The final graph as an fx.GraphModule: flat input leaves in, flat tuple of outputs out."""
+        variant = self._current("graph")
+        program = variant.program.copy()
+        for node in program.graph.find_nodes(op="get_attr"):
+            name = str(node.target)
+            if name not in program.constants:
+                program.constants[name] = variant.executable.constant(name)
+        return program.to_module()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the compiled model in the format that the suffix names, e.g. ``model.onnx``.
+
+        Raises:
+            ArtifactError: the backend cannot write this format.
+        """
+        self._current("save()").executable.save(Path(path))
+
+    def __repr__(self) -> str:
+        variant = self._fixed or next(reversed(self._lazy.values()), None)
+        if variant is None:
+            return f"CompiledModel(target={self.target}, captured at the first call)"
+        inputs = variant.program.signature.describe()
+        return f"CompiledModel(target={self.target}, backend={variant.backend}, inputs=({inputs}))"
+
+    def _current(self, what: str) -> Variant:
+        if self._fixed is not None:
+            return self._fixed
+        with self._lock:
+            if not self._lazy:
+                raise FxoptError(
+                    f".{what} is not there yet: the model is captured at its first call. Call it once, or give "
+                    "example_inputs to fxopt.compile."
+                )
+            return next(reversed(self._lazy.values()))
+
+    def _variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        """The variant for inputs like these, captured now if there is none."""
+        key = _key(args, kwargs)
+        with self._lock:
+            found = self._lazy.get(key)
+            if found is not None:
+                self._lazy.move_to_end(key)
+                return found
+            if self._lazy:
+                warnings.warn(
+                    f"fxopt: the model is called with new input structure, shapes or dtypes and is captured again "
+                    f"({len(self._lazy)} variants so far, the latest {_MOST_VARIANTS} are kept). "
+                    "Give example_inputs and dynamic_shapes to fxopt.compile to capture once.",
+                    stacklevel=3,
+                )
+            detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+            variant = self._build(*detached)
+            self._lazy[key] = variant
+            while len(self._lazy) > _MOST_VARIANTS:
+                self._lazy.popitem(last=False)
+            return variant
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    parts = [
+        (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x).__name__, repr(x)) for x in leaves
+    ]
+    return (str(tree), tuple(parts))

@@ -1,0 +1,248 @@
+"""One model, one target, one call: capture → passes → lowering → measurement. The public ``compile``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxopt import cost, registry, spec, verify
+from fxopt.backend import Backend, Executable
+from fxopt.calibration import Calibration
+from fxopt.capture import Captured, capture
+from fxopt.compiled import CompiledModel, Variant
+from fxopt.errors import BackendUnavailable, FxoptError, InputError, UnsupportedOp, VerifyError
+from fxopt.measure import latency_ms
+from fxopt.passbase import Pass, PassContext
+from fxopt.pipeline import Pipeline, full_pipeline
+from fxopt.program import Program
+from fxopt.progress import Stages
+from fxopt.report import Report
+from fxopt.target import Target, resolve_target
+
+# How far a lowered program may be from the graph it was made from, relative to the range of each output.
+_ENGINE_TOLERANCE = 1e-3
+
+
+def compile(  # noqa: A001 - the name that torch users look for
+    model: nn.Module | ExportedProgram,
+    *,
+    target: str | Target = "x86",
+    example_inputs: Sequence[Any] | torch.Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    passes: str | Pass | Sequence[str | Pass] | None = None,
+    calibration: Iterable[Any] | None = None,
+    backend: str | Backend = "auto",
+    backend_options: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    dump: str | os.PathLike[str] | None = None,
+) -> CompiledModel:
+    """Compile a trained model for inference on *target*.
+
+    Args:
+        model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; a training-mode module is compiled as in
+            eval mode. Weights are taken as they are now: compile again after changing them.
+        target: "x86", "arm", "cuda" or a :class:`Target`.
+        example_inputs: positional example inputs, a tuple (or one tensor). With neither these nor *example_kwargs*,
+            the model is captured at its first call.
+        example_kwargs: keyword example inputs.
+        dynamic_shapes: sizes to keep open, as ``torch.export.export`` takes them: ``{"x": {0: "batch"}}``.
+        passes: None for the exact pipeline; a spec string such as ``"cast-precision{dtype=bf16}"``, or a sequence of
+            names and Pass objects, to add to it.
+        calibration: iterable of input tuples, for passes that look at data.
+        backend: "auto" measures the installed ones and takes the fastest; or a name, or a Backend object.
+        backend_options: options of the named backend, e.g. ``{"threads": 2}``.
+        verify: check graph and outputs after each pass, and the lowered model in the end.
+        dump: folder for one ``.fxir`` file per pass; the variable FXOPT_DUMP sets it too.
+
+    Returns:
+        A :class:`CompiledModel`, called like the model.
+
+    Raises:
+        InputError: an argument is not what it must be. SpecError: an unknown target, pass, option or backend.
+        CaptureError: the model cannot be captured; the message shows the source line.
+        PassError, PreconditionError, VerifyError: a pass failed; nothing was changed.
+        UnsupportedOp, BackendUnavailable: the named backend cannot run this model, or is not installed.
+    """
+    plan = _Plan.check(model, target, passes, calibration, backend, backend_options, verify, dump, dynamic_shapes)
+    inputs = _as_args(example_inputs)
+    if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
+        return CompiledModel(plan.target, plan.build, None)
+    return CompiledModel(plan.target, plan.build, plan.build(inputs or (), dict(example_kwargs or {})))
+
+
+def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise InputError(
+            f"example_inputs must be a tuple of positional inputs, not {type(example_inputs).__name__}; "
+            "keyword inputs go into example_kwargs"
+        )
+    return tuple(example_inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The checked arguments of one ``compile``; ``build`` carries them out for given inputs."""
+
+    model: nn.Module | ExportedProgram
+    target: Target
+    passes: list[Pass]
+    calibration: Iterable[Any] | None
+    backend: str | Backend
+    verify: bool
+    dump: str | os.PathLike[str] | None
+    dynamic_shapes: Any
+
+    @staticmethod
+    def check(
+        model: Any, target: Any, passes: Any, calibration: Any, backend: Any, options: Any, verify: bool, dump: Any, shapes: Any
+    ) -> _Plan:
+        """Everything that can be found wrong before the model is looked at is found here."""
+        if not isinstance(model, (nn.Module, ExportedProgram)):
+            raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
+        where = resolve_target(target)
+        listed = [] if passes is None else spec.resolve(passes, registry.find_pass)
+        pipeline = full_pipeline(listed, registry.find_pass)
+        if isinstance(backend, Backend) or backend == "auto":
+            if options:
+                raise InputError("backend_options go with a backend name; with 'auto' or an object there is none")
+            engine = backend
+        elif isinstance(backend, str):
+            engine = registry.find_backend(backend).with_options(dict(options or {}))
+            engine.require()
+        else:
+            raise InputError(f"backend must be a name or a Backend object, not {type(backend).__name__}")
+        folder = dump or os.environ.get("FXOPT_DUMP") or None
+        return _Plan(model, where, pipeline, calibration, engine, verify, folder, shapes)
+
+    def build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        """Capture, rewrite, lower and measure for these example inputs."""
+        stages = Stages()
+        with stages.shown(f"compiling {type(self.model).__name__}"):
+            with stages.stage("capture"):
+                captured = capture(self.model, args, kwargs, self.dynamic_shapes)
+            with stages.stage("passes"):
+                program, report = self._rewrite(captured, stages)
+            report.seconds = stages.seconds
+            lower = _Lowering(self, captured, program, report, stages)
+            variant = lower.best() if self.backend == "auto" else lower.named()
+        return variant
+
+    def _rewrite(self, captured: Captured, stages: Stages) -> tuple[Program, Report]:
+        data = None if self.calibration is None else Calibration(self.calibration, captured.program.signature)
+        ctx = PassContext(self.target, captured.inputs, data)
+        pipeline = Pipeline(ctx, captured.reference, self.verify, self.dump, stages.say)
+        before = captured.program
+        program, records = pipeline.run(before, self.passes)
+        name = type(self.model).__name__
+        report = Report(name, self.target.name, passes=records)
+        report.parameters = (before.numel(), program.numel())
+        report.macs = (cost.macs(before), cost.macs(program))
+        report.bytes = (before.nbytes(), program.nbytes())
+        return program, report
+
+
+@dataclasses.dataclass
+class _Lowering:
+    """From the rewritten program to something that runs, and the choice between engines."""
+
+    plan: _Plan
+    captured: Captured
+    program: Program
+    report: Report
+    stages: Stages
+
+    def named(self) -> Variant:
+        """The variant on the one backend that the user chose."""
+        assert isinstance(self.plan.backend, Backend)
+        variant = self._lower(self.plan.backend, self.program)
+        if self.plan.target.runs_here:
+            with self.stages.stage("measure"):
+                self.report.latency_ms["fxopt"] = self._latency(variant)
+        return self._finish(variant)
+
+    def best(self) -> Variant:
+        """The variant on the fastest backend that is installed and takes this program."""
+        best: Variant | None = None
+        for name in self.plan.target.backends:
+            try:
+                cls = registry.find_backend(name)
+                cls.require()
+                variant = self._lower(cls(), self.program.copy())
+            except (BackendUnavailable, UnsupportedOp) as error:
+                self.report.candidates[name] = str(error)
+                continue
+            except VerifyError as error:
+                self.report.candidates[name] = f"not taken, its answers differ: {error}"
+                continue
+            if not self.plan.target.runs_here:
+                return self._finish(variant)
+            with self.stages.stage("measure"):
+                latency = self._latency(variant)
+            self.report.candidates[name] = latency
+            if best is None or latency < self.report.latency_ms["fxopt"]:
+                best, self.report.latency_ms["fxopt"] = variant, latency
+        if best is None:
+            reasons = "; ".join(f"{k}: {v}" for k, v in self.report.candidates.items())
+            raise BackendUnavailable(f"no backend of target {self.plan.target} takes this model: {reasons}")
+        return self._finish(best)
+
+    def _lower(self, backend: Backend, program: Program) -> Variant:
+        expected = verify.run(program, self.captured.inputs) if self.plan.verify and self.plan.target.runs_here else None
+        with self.stages.stage("lower"):
+            self.stages.say(f"lowering to {backend.name}")
+            executable = backend.lower(program, self.plan.target, self.captured.inputs)
+        variant = Variant(program, executable, backend.name, self.report)
+        if expected is not None:
+            self._check(variant, executable, expected)
+        return variant
+
+    def _check(self, variant: Variant, executable: Executable, expected: list[Any]) -> None:
+        """The lowered program answers like the graph it was made from."""
+        with self.stages.stage("measure"):
+            outputs = executable(self.captured.inputs)
+        difference = verify.compare(expected, outputs)
+        low = any(t.dtype in (torch.bfloat16, torch.float16) for t in variant.program.tensors().values())
+        if not self.report.exact or low:
+            return
+        if not difference.within:
+            raise VerifyError(f"backend {variant.backend} does not compute what the graph does: {difference}")
+
+    def _latency(self, variant: Variant) -> float:
+        inputs = self.captured.inputs
+        return latency_ms(lambda: variant.executable(inputs))
+
+    def _finish(self, variant: Variant) -> Variant:
+        self.report.backend = variant.backend
+        if not self.plan.target.runs_here:
+            return variant
+        with self.stages.stage("measure"):
+            outputs = variant.executable(self.captured.inputs)[: len(self.captured.reference)]
+            self.report.error = verify.compare(self.captured.reference, outputs).error
+            self.report.latency_ms["eager"] = self._eager_latency()
+        return variant
+
+    def _eager_latency(self) -> float:
+        from torch.utils import _pytree as pytree
+
+        args, kwargs = pytree.tree_unflatten(list(self.captured.inputs), self.captured.program.signature.in_spec)
+        model = self.captured.model
+
+        def call() -> None:
+            with torch.no_grad():
+                model(*args, **kwargs)
+
+        return latency_ms(call, budget_s=0.2, warmup=0, calls=5)
+
+
+__all__ = ["CompiledModel", "FxoptError", "compile"]

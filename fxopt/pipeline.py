@@ -1,0 +1,157 @@
+"""The ordered list of passes for a target, and the loop that runs it: check, rewrite, verify, keep or undo.
+
+``full_pipeline`` is the compiler at a glance. What the user lists is completed with the exact passes that every
+target wants: the graph is cleaned before anything else looks at it, and fusion waits until the weights are final.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fxopt import dump as fxir
+from fxopt import ops, verify
+from fxopt.errors import FxoptError, PassError, PreconditionError, VerifyError
+from fxopt.passbase import Pass, PassContext
+from fxopt.program import Program
+from fxopt.report import PassRecord
+from fxopt.rewriter import Rewriter
+
+_log = logging.getLogger("fxopt")
+
+# Before everything: one spelling for each thing, so that later passes have one pattern to match.
+FIRST = (
+    "canonicalize",  # functional names, no dropout, no no-ops, no redundant views and casts
+    "common-subexpressions",  # what is computed twice is computed once
+    "fold-constants",  # what depends on constants alone is computed now
+)
+# After pruning and factorisation (they change weights), before quantization and casts (they freeze them).
+LAST = (
+    "fuse-conv-bn-relu",  # conv/linear swallow batch_norm, activation and residual add
+    "merge-linears",  # linears over one input (q/k/v) become one
+)
+
+
+def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> list[Pass]:
+    """*listed* completed with the exact passes of FIRST and LAST that it does not name itself.
+
+    Raises:
+        PreconditionError: *listed* is in an order that cannot work; the message says why.
+    """
+    check_order(listed)
+    named = {p.name for p in listed}
+    passes = [find(name)() for name in FIRST if name not in named] + list(listed)
+    for name in LAST:
+        if name not in named:
+            missing = find(name)()
+            passes.insert(_place(missing, passes), missing)
+    check_order(passes)
+    return passes
+
+
+def _place(missing: Pass, passes: Sequence[Pass]) -> int:
+    """Index of the first pass that wants *missing* before it, or the end."""
+    wanting = (i for i, p in enumerate(passes) if missing.name in p.runs_after or p.name in missing.runs_before)
+    return next(wanting, len(passes))
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raises PreconditionError if a pass stands before one that it must come after."""
+    for i, early in enumerate(passes):
+        for late in passes[i + 1 :]:
+            if late.name in early.runs_after or early.name in late.runs_before:
+                order = " → ".join(p.name for p in passes)
+                raise PreconditionError(
+                    f"{early.name} cannot run before {late.name}: {_why(early, late)}. Given order: {order}"
+                )
+
+
+def _why(early: Pass, late: Pass) -> str:
+    rule = f"{early.name} declares runs_after {late.name}"
+    return rule if late.name in early.runs_after else f"{late.name} declares runs_before {early.name}"
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """Runs passes over a program.
+
+    Attributes:
+        ctx: what passes may look at.
+        reference: flat eager outputs on ``ctx.inputs``; exact passes are compared with it until a lossy one ran.
+        check: verify after each pass.
+        folder: where to write a dump after each pass, or None.
+        progress: called with each pass before it runs.
+    """
+
+    ctx: PassContext
+    reference: Sequence[Any]
+    check: bool = True
+    folder: str | os.PathLike[str] | None = None
+    progress: Callable[[str], None] = lambda name: None
+
+    def run(self, program: Program, passes: Sequence[Pass]) -> tuple[Program, list[PassRecord]]:
+        """The rewritten program and what each pass did. *program* itself is left as it is.
+
+        Raises:
+            PassError: a pass failed. The message names the pass and those before it, ``error.dump`` holds the graph
+                that was kept.
+        """
+        self._dump(program, 0, "capture")
+        reference, records = self._check_capture(program), list[PassRecord]()
+        for index, one in enumerate(passes, start=1):
+            self.progress(one.name)
+            try:
+                program, record, reference = self._step(one, program, reference)
+            except FxoptError as error:
+                raise self._failed(one, error, records, program) from error
+            except Exception as error:
+                wrapped = PassError(f"{type(error).__name__}: {error}")
+                raise self._failed(one, wrapped, records, program) from error
+            records.append(record)
+            self._dump(program, index, one.name)
+        return program, records
+
+    def _check_capture(self, program: Program) -> list[Any]:
+        """The outputs that passes are held to, writebacks included: the graph as captured answers like the model."""
+        answered = verify.run(program, self.ctx.inputs)
+        if any(ops.is_random(n) for n in program.graph.nodes):
+            return answered  # another draw than the model's own; passes keep the order of random ops
+        difference = verify.compare(self.reference, answered[: len(self.reference)])
+        if self.check and not difference.within:
+            raise VerifyError(f"the captured graph does not compute what the model does: {difference}")
+        return [*self.reference, *answered[len(self.reference) :]]
+
+    def _step(self, one: Pass, before: Program, reference: list[Any]) -> tuple[Program, PassRecord, list[Any]]:
+        """Run one pass on a copy; what it leaves is returned only when it holds."""
+        start = time.perf_counter()
+        after = before.copy()
+        rewriter = Rewriter(after)
+        one.run(rewriter, self.ctx)
+        after.remove_dead()
+        difference = None
+        if self.check and rewriter.edits:
+            verify.check_graph(after)
+        if one.exact and self.check and rewriter.edits:
+            difference = verify.check_exact(before, after, self.ctx.inputs, reference)
+        elif not one.exact and rewriter.edits:
+            outputs = verify.run(after, self.ctx.inputs)
+            difference, reference = verify.compare(reference, outputs), outputs
+        record = PassRecord.of(one, rewriter, before, after, time.perf_counter() - start, difference)
+        _log.info("%s: %d edits, %d left alone, %.2f s", one.name, record.edits, len(record.skips), record.seconds)
+        return (after if rewriter.edits else before), record, reference
+
+    def _failed(self, one: Pass, error: FxoptError, records: Sequence[PassRecord], kept: Program) -> FxoptError:
+        ran = ", ".join(r.name for r in records) or "none"
+        kind = type(error) if isinstance(error, PassError) else PassError
+        failed = kind(f"pass {one.name}: {error}\nPasses before it: {ran}. The graph from before it was kept.")
+        failed.dump = fxir.dump(kept, f"before {one.name}  target {self.ctx.target}")
+        return failed
+
+    def _dump(self, program: Program, index: int, step: str) -> None:
+        if self.folder is not None:
+            fxir.write(program, self.folder, index, step, self.ctx.target)
+

@@ -1,0 +1,93 @@
+"""Outputs and inputs that are objects: teach torch's pytree how to take them apart and put them together.
+
+torch.export knows tuples, lists, dicts, named tuples and what is registered. Two kinds are registered here when a
+model is seen to use them: dataclasses (as ``torch.export.register_dataclass`` asks users to do by hand), and plain
+objects whose attributes hold tensors, such as a cache of keys and values. Tensor-holding attributes become children;
+all others are kept as they were at capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def register(value: Any) -> None:
+    """Register every type within *value* that pytree does not know and that holds tensors."""
+    for child in _children(value):
+        register(child)
+    kind = type(value)
+    if kind in pytree.SUPPORTED_NODES or isinstance(value, (torch.Tensor, type)) or pytree.is_namedtuple_instance(value):
+        return
+    if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
+        torch.export.register_dataclass(kind)
+    elif _is_plain_object(value) and _holds_tensor(value):
+        pytree.register_pytree_node(
+            kind,
+            _flatten,
+            lambda children, context: _unflatten(kind, children, context),
+            serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+            flatten_with_keys_fn=_flatten_with_keys,
+        )
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether the value is its ``__dict__`` and nothing else."""
+    builtin = isinstance(value, (Mapping, list, tuple, set, str, bytes, torch.nn.Module)) or callable(value)
+    return hasattr(value, "__dict__") and not builtin
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return []
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return list(vars(value).values()) if _is_plain_object(value) and not isinstance(value, type) else []
+
+
+def _holds_tensor(value: Any, depth: int = 8) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    return depth > 0 and any(_holds_tensor(child, depth - 1) for child in _children(value))
+
+
+def _split(value: Any) -> tuple[list[str], dict[str, Any]]:
+    held = [name for name, child in vars(value).items() if _holds_tensor(child)]
+    return held, {name: child for name, child in vars(value).items() if name not in held}
+
+
+def _flatten(value: Any) -> tuple[list[Any], Any]:
+    held, rest = _split(value)
+    return [vars(value)[name] for name in held], (tuple(held), _Rest(rest))
+
+
+def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    children, context = _flatten(value)
+    return [(pytree.GetAttrKey(name), child) for name, child in zip(context[0], children, strict=True)], context
+
+
+def _unflatten(kind: type, children: Any, context: Any) -> Any:
+    held, rest = context
+    value = object.__new__(kind)
+    value.__dict__.update(rest.attributes)
+    value.__dict__.update(zip(held, children, strict=True))
+    return value
+
+
+class _Rest:
+    """Attributes without tensors. Equal for any two objects of a type: they do not shape the graph's outputs."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes = attributes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rest) and self.attributes.keys() == other.attributes.keys()
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.attributes)))

@@ -1,0 +1,202 @@
+"""What must hold after every pass: a well-formed functional graph with true metadata, and the same answers.
+
+Numbers are compared relative to the range of each output. Where an exact pass seems to miss the tolerance, both
+graphs are run again in double precision: rounding that a model amplifies vanishes there, a wrong rewrite does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt import ops
+from fxopt.errors import VerifyError
+from fxopt.execute import evaluate
+from fxopt.program import Program, source_line
+from fxopt.rewriter import fake_mode, infer
+
+# Largest error of an exact rewrite, relative to the range of the output, by the dtype it is computed in.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far outputs are from a reference.
+
+    Attributes:
+        error: largest absolute difference over the range of the reference output; inf for another shape or dtype.
+        cosine: smallest cosine similarity over the floating outputs (1 where there is none).
+        mismatched: largest share of unequal elements over the integer and boolean outputs.
+        where: index of the worst output.
+        within: whether every output is within the tolerance of its dtype, and integer outputs are equal.
+    """
+
+    error: float = 0.0
+    cosine: float = 1.0
+    mismatched: float = 0.0
+    where: int = 0
+    within: bool = True
+
+    def __str__(self) -> str:
+        text = f"error {self.error:.1e} of range, cosine {self.cosine:.6f}"
+        return text + (f", {self.mismatched:.1%} of discrete values differ" if self.mismatched else "")
+
+
+def compare(reference: Sequence[Any], actual: Sequence[Any]) -> Difference:
+    """The :class:`Difference` of two flat output lists; the worst output counts."""
+    total = Difference()
+    for i, (a, b) in enumerate(zip(reference, actual, strict=True)):
+        one = _compare_one(a, b, i)
+        total = Difference(
+            max(total.error, one.error),
+            min(total.cosine, one.cosine),
+            max(total.mismatched, one.mismatched),
+            i if not one.within or one.error > total.error else total.where,
+            total.within and one.within,
+        )
+    return total
+
+
+def _compare_one(a: Any, b: Any, index: int) -> Difference:
+    wrong = Difference(float("inf"), 0.0, 1.0, index, within=False)
+    if not isinstance(a, torch.Tensor):
+        return Difference() if type(a) is type(b) and a == b else wrong
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return wrong
+    if not a.is_floating_point() or a.numel() == 0:
+        share = 0.0 if a.numel() == 0 else float((a != b).sum()) / a.numel()
+        return Difference(mismatched=share, where=index, within=share == 0)
+    x, y = a.detach().double().flatten(), b.detach().double().flatten()
+    finite = torch.isfinite(x)
+    if not torch.equal(finite, torch.isfinite(y)) or not _same_specials(x[~finite], y[~finite]):
+        return wrong
+    x, y = x[finite], y[finite]
+    if x.numel() == 0:
+        return Difference()
+    span = float(torch.maximum(x.max() - x.min(), x.abs().max()))
+    worst = float((x - y).abs().max())
+    error = worst / span if span > 0 else worst
+    norms = float(x.norm() * y.norm())
+    cosine = min(1.0, float(x @ y) / norms) if norms > 0 else float(worst == 0)
+    return Difference(error, cosine, 0.0, index, error <= TOLERANCE.get(a.dtype, 1e-4))
+
+
+def _same_specials(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x[~x.isnan()], y[~y.isnan()])
+
+
+def check_graph(program: Program) -> None:
+    """Structure: lint, functional, no dead node, every constant present, metadata as a fresh propagation gives it.
+
+    Raises:
+        VerifyError: naming the node and its source line.
+    """
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise VerifyError(f"the graph is malformed: {error}") from error
+    mode = fake_mode(program)
+    for node in program.graph.nodes:
+        problem = _node_problem(node, program) or _metadata_problem(node, mode)
+        if problem:
+            where = source_line(node)
+            raise VerifyError(f"{node.format_node()} {problem}" + (f" ({where})" if where else ""))
+
+
+def _node_problem(node: fx.Node, program: Program) -> str | None:
+    if node.op == "get_attr" and str(node.target) not in program.constants:
+        return "names a constant that does not exist"
+    if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+        return f"is a {node.op}, which no fxopt graph holds"
+    if ops.is_mutating(node):
+        return "writes to its input: the graph is not functional"
+    if not node.users and (node.op == "get_attr" or (node.op == "call_function" and ops.is_pure(node))):
+        return "is dead: nobody uses it"
+    return None
+
+
+def _metadata_problem(node: fx.Node, mode: Any) -> str | None:
+    if node.op == "output" or isinstance(node.meta.get("val"), fx.GraphModule):
+        return None
+    if "val" not in node.meta:
+        return None if node.op == "get_attr" and not node.meta else "has no metadata"
+    if node.op != "call_function" or not _inferable(node):
+        return None
+    stored, fresh = node.meta["val"], infer(node, mode)
+    for a, b in zip(_tensors(stored), _tensors(fresh), strict=True):
+        if a.dtype != b.dtype or a.dim() != b.dim() or not _same_sizes(a.shape, b.shape):
+            return f"has stale metadata: {a.dtype} {list(a.shape)}, should be {b.dtype} {list(b.shape)}"
+    return None
+
+
+def _inferable(node: fx.Node) -> bool:
+    """Ops with data-dependent sizes get fresh symbols at each propagation, and higher-order ops need their bodies."""
+    symbols = [s for t in _tensors(node.meta["val"]) for d in t.shape if not isinstance(d, int) for s in _free(d)]
+    tensor_op = isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta["val"], (torch.Tensor, tuple, list))
+    return tensor_op and not any(str(s).startswith("u") for s in symbols)
+
+
+def _free(dim: torch.SymInt) -> set[Any]:
+    return set(dim.node.expr.free_symbols)
+
+
+def _same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    plain = [(x, y) for x, y in zip(a, b, strict=True) if isinstance(x, int) and isinstance(y, int)]
+    return all(x == y for x, y in plain)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (tuple, list)) else []
+
+
+def run(program: Program, inputs: Sequence[Any]) -> list[Any]:
+    """Flat outputs, with random ops seeded the same way each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return evaluate(program, inputs)
+
+
+def check_exact(before: Program, after: Program, inputs: Sequence[Any], reference: Sequence[Any]) -> Difference:
+    """That *after* computes what *before* did; *reference* holds what it did on *inputs*.
+
+    Raises:
+        VerifyError: it does not, in double precision either.
+    """
+    difference = compare(reference, run(after, inputs))
+    if difference.within:
+        return difference
+    try:
+        wide = [x.double() if _is_float(x) else x for x in inputs]
+        precise = compare(run(_to_double(before), wide), run(_to_double(after), wide))
+    except RuntimeError as error:
+        raise VerifyError(f"outputs changed: {difference}; a check in double precision failed: {error}") from error
+    if not precise.within:
+        name = (*after.signature.outputs, *after.signature.writebacks)[difference.where]
+        raise VerifyError(f"output {getattr(name, 'name', name)!r} changed: {difference}; in double precision: {precise}")
+    return difference
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _to_double(program: Program) -> Program:
+    """*program* with every floating tensor and dtype argument widened to float64."""
+    wide = program.copy()
+    wide.constants = {k: v.double() if _is_float(v) else v for k, v in wide.constants.items()}
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+
+    def widen(value: Any) -> Any:
+        return torch.float64 if value in narrow else value
+
+    for node in wide.graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(widen(a) if isinstance(a, torch.dtype) else a for a in node.args)
+            node.kwargs = {k: widen(a) if isinstance(a, torch.dtype) else a for k, a in node.kwargs.items()}
+    return wide

@@ -1,0 +1,149 @@
+"""Matmuls and convs in low precision, everything that is sensitive in fp32. Lossy.
+
+    conv(x, @w)  (fp32)   →   conv(x.to(bf16), @w_bf16)  (bf16) … .to(fp32) where fp32 is needed
+
+Each op is one of three (``ops.precision``): *low* gains from bf16 and accumulates in fp32 inside; *full* (softmax,
+norms, exp, log, large sums, everything unknown) stays in fp32; *follow* moves or selects values and runs in whatever
+its inputs have, so that a chain of low ops does not bounce through fp32. Inputs and outputs keep the user's dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+
+from fxopt import ops
+from fxopt.passbase import Pass, PassContext
+from fxopt.rewriter import Rewriter, infer
+
+aten = torch.ops.aten
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WIDE = torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class CastPrecision(Pass):
+    """Run matmuls and convs in *dtype*.
+
+    Attributes:
+        dtype: "bf16" (range of fp32, 8 bits of precision) or "fp16" (11 bits, overflows at 65,504).
+    """
+
+    name: ClassVar[str] = "cast-precision"
+    exact: ClassVar[bool] = False
+    runs_after: ClassVar[tuple[str, ...]] = (
+        "canonicalize",
+        "fold-constants",
+        "common-subexpressions",
+        "fuse-conv-bn-relu",
+        "merge-linears",
+    )
+    dtype: Literal["bf16", "fp16"] = "bf16"
+
+    def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        """One sweep: decide for each node from its kind and what its inputs have become."""
+        low = _DTYPES[self.dtype]
+        if low not in ctx.target.native_dtypes:
+            text = f"target {ctx.target} has no native {self.dtype} arithmetic: expect it to be slower than fp32"
+            rewriter.note(text)
+            warnings.warn(f"cast-precision: {text}", stacklevel=2)
+        _Sweep(rewriter, low).run()
+
+
+class _Sweep:
+    """State of the one sweep: which values are low now, and the casts made so far."""
+
+    def __init__(self, rewriter: Rewriter, low: torch.dtype) -> None:
+        self.rewriter = rewriter
+        self.low = low
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.mutable = {back.constant for back in rewriter.program.signature.writebacks}
+
+    def run(self) -> None:
+        for node in self.rewriter.nodes():
+            if node.op == "output":
+                self._restore_outputs(node)
+            elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                self._visit(node)
+            elif node.op == "call_function":
+                self._refresh(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        inputs = [n for n in node.all_input_nodes if _dtype(n) in (_WIDE, self.low)]
+        was = node.meta["val"]
+        want = self._wanted(node, inputs)
+        for value in inputs:
+            if _dtype(value) != want:
+                node.replace_input_with(value, self._cast(value, want, node))
+        if ops.kind(node) == "cast":
+            node.meta["val"] = infer(node, self.rewriter._mode)
+            return
+        self._refresh(node)
+        if _floats(node.meta["val"]) != _floats(was):
+            self.rewriter.edits += 1
+
+    def _wanted(self, node: fx.Node, inputs: list[fx.Node]) -> torch.dtype:
+        """The dtype in which *node* is to see its floating inputs."""
+        precision = ops.precision(node)
+        computed = [n for n in inputs if n.op != "get_attr"]
+        outputs = _floats(node.meta["val"])
+        if not inputs or any(d not in (_WIDE, self.low) for d in outputs):
+            return _WIDE
+        if precision == "low":
+            return self.low
+        low = [n for n in computed if _dtype(n) == self.low]
+        return self.low if precision == "follow" and computed and len(low) == len(computed) else _WIDE
+
+    def _cast(self, value: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
+        """*value* in *dtype*: a new constant for a constant, one cast op for all users of anything else."""
+        source = value.args[0] if ops.packet(value) == "_to_copy" and (value, "cast") in self.casts else value
+        if isinstance(source, fx.Node) and _dtype(source) == dtype:
+            return source
+        key = (value, dtype)
+        if key not in self.casts:
+            tensor = self.rewriter.tensor(value)
+            if tensor is not None and str(value.target) not in self.mutable:
+                self.casts[key] = self.rewriter.constant(f"{value.target}", tensor.to(dtype))
+            else:
+                place = value.next if value.op == "call_function" else _first_call(self.rewriter)
+                self.casts[key] = self.rewriter.call(
+                    aten._to_copy.default, (value,), {"dtype": dtype}, before=place, origin=user
+                )
+        return self.casts[key]
+
+    def _refresh(self, node: fx.Node) -> None:
+        """Fresh metadata after an input changed its dtype."""
+        if all(isinstance(n.meta.get("val"), torch.fx.GraphModule) is False for n in node.all_input_nodes):
+            node.meta["val"] = infer(node, self.rewriter._mode)
+
+    def _restore_outputs(self, node: fx.Node) -> None:
+        """Every output in the dtype that the signature promises."""
+        program = self.rewriter.program
+        wanted = [leaf.dtype for leaf in program.signature.outputs]
+        for back in program.signature.writebacks:
+            place = program.placeholders[back.input] if back.input is not None else None
+            wanted.append(_dtype(place) if place is not None else program.constants[str(back.constant)].dtype)
+        results: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+        for i, (value, dtype) in enumerate(zip(results, wanted, strict=True)):
+            if isinstance(value, fx.Node) and dtype is not None and _dtype(value) != dtype:
+                results[i] = self._cast(value, dtype, node)
+        node.args = (tuple(results),)
+
+
+def _first_call(rewriter: Rewriter) -> fx.Node:
+    return next(n for n in rewriter.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _floats(value: Any) -> list[torch.dtype]:
+    if isinstance(value, torch.Tensor):
+        return [value.dtype] if value.dtype.is_floating_point else []
+    return [d for v in value for d in _floats(v)] if isinstance(value, (tuple, list)) else []

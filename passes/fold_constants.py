@@ -1,0 +1,64 @@
+"""What depends on constants alone is computed once, at compile time.
+
+    add(@a, @b)   →   @c          arange(0, 128)   →   @arange
+
+Bounded: a result larger than its constant inputs by more than ``limit`` bytes stays an op (a mask expanded from a
+vector is cheaper to make than to keep). A buffer that the model mutates is no constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxopt import ops
+from fxopt.passbase import Pass, PassContext
+from fxopt.rewriter import Rewriter
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace constant subexpressions by their value.
+
+    Attributes:
+        limit: bytes by which a folded value may exceed the constants it is made from.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "common-subexpressions")
+    limit: int = 2**20
+
+    def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        """One sweep: a folded node is a constant for the nodes after it."""
+        mutable = {back.constant for back in rewriter.program.signature.writebacks}
+        for node in rewriter.nodes():
+            if node.op == "call_function" and _is_constant(node, rewriter, mutable):
+                self._fold(node, rewriter)
+
+    def _fold(self, node: fx.Node, rewriter: Rewriter) -> None:
+        values = {n: rewriter.tensor(n) for n in node.all_input_nodes}
+        result_bytes = node.meta["val"].numel() * node.meta["val"].element_size()
+        input_bytes = sum(v.numel() * v.element_size() for v in values.values() if v is not None)
+        if result_bytes > input_bytes + self.limit:
+            rewriter.skip(node, f"its constant value would take {result_bytes:,} bytes, over the limit")
+            return
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        new = rewriter.constant(node.name, value)
+        new.meta = {**node.meta, "val": new.meta["val"]}
+        rewriter.replace(node, new)
+
+
+def _is_constant(node: fx.Node, rewriter: Rewriter, mutable: set[str | None]) -> bool:
+    fake = node.meta.get("val")
+    if not isinstance(fake, torch.Tensor) or not all(isinstance(d, int) for d in fake.shape):
+        return False
+    if not ops.is_pure(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    inputs = node.all_input_nodes
+    return all(rewriter.tensor(n) is not None and str(n.target) not in mutable for n in inputs)
