@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tools.models import declare_torchvision_operators
+
+declare_torchvision_operators()
 torch.set_num_threads(2)
 
 

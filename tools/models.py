@@ -21,21 +21,27 @@ Loaded = tuple[nn.Module, tuple[torch.Tensor, ...]]
 """A model in eval mode and one set of positional example inputs."""
 
 
-def torchvision_models() -> ModuleType:
-    """``torchvision.models``, importable although the wheel's compiled operators do not load beside a CPU torch.
+def declare_torchvision_operators() -> None:
+    """Makes torchvision importable although the wheel's compiled operators do not load beside a CPU torch.
 
     torchvision registers shape functions for ``nms`` and ``qnms`` while it is imported; declaring the two first is
-    enough for every model builder.
+    enough for every model builder. transformers imports torchvision by itself where it is installed.
     """
-    if "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-    return importlib.import_module("torchvision.models")
+    if "torchvision" in sys.modules or _KEPT:
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _KEPT.append(library)
 
 
 _KEPT: list[Any] = []  # a Library takes its declarations back when it is collected
+declare_torchvision_operators()
+
+
+def torchvision_models() -> ModuleType:
+    """The module ``torchvision.models``."""
+    return importlib.import_module("torchvision.models")
 
 
 def torchvision_names() -> list[str]:
