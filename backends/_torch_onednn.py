@@ -1,0 +1,185 @@
+"""Convolutions and linears become oneDNN calls over weights that are packed once.
+
+    fxopt.conv2d(x, w, b, r, ..., "relu")   →   mkldnn._convolution_pointwise.binary(x, r, packed(w), b, ..., "relu")
+    aten.linear(x, w, b)                    →   mkldnn._linear_pointwise(x, packed(w), b, "none", [], "")
+
+A packed convolution gives a channels_last result whatever layout it is given, so a chain of them stays in that layout.
+A weight leaves the program as soon as its last user holds a packed one: the program never holds two copies of all
+weights. Whatever oneDNN cannot take (computed weights, unbatched inputs, other dtypes) is left as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import fx
+
+from fxopt import ops
+from fxopt.backends._torch_memory import same_sizes
+from fxopt.backends._torch_packer import Fused, Packer, read
+from fxopt.program import Program
+
+aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+
+# Below so many multiplications a plain aten::linear is done before a oneDNN call (17 µs) has found its kernel; for
+# bf16, ATen's own matrix product is slow enough that oneDNN pays earlier. Measured on Zen 4, two threads, one row.
+_SMALL_LINEAR = {torch.float32: 2**18, torch.bfloat16: 2**14}
+
+_CHANNELS_LAST = {mkldnn._convolution_pointwise.default, mkldnn._convolution_pointwise.binary}
+
+
+def lower(program: Program) -> None:
+    """Rewrite every conv and linear of *program* that oneDNN can compute. Consumes the weights that it packs."""
+    packer = Packer(program)
+    for node in list(program.graph.nodes):
+        rule = _RULES.get(ops.kind(node))
+        fused = read(node) if rule is not None else None
+        if rule is not None and fused is not None and packer.takes(fused):
+            rule(packer, fused)
+            packer.release(fused.weight)
+
+
+def _convolution(packer: Packer, fused: Fused) -> None:
+    if len(fused.stride) == 1:
+        fused = _as_image(packer, fused)
+    if _is_one_pixel(fused):
+        _one_pixel(packer, fused)
+        return
+    args = (fused.padding, fused.stride, fused.dilation, fused.groups)
+    sizes = hints(fused.x)
+
+    def pack(w: torch.Tensor) -> torch.Tensor:
+        return mkldnn._reorder_convolution_weight(w.unsqueeze(2) if w.dim() == 3 else w, *args, sizes)
+
+    weight = packer.constant(fused.weight, ("packed", *args, sizes), pack)
+    if fused.residual is not None and _same(fused.residual, fused.node):
+        _convolution_add(packer, fused, weight)
+        return
+    _unary(packer, fused, mkldnn._convolution_pointwise.default, (fused.x, weight, fused.bias, *args))
+
+
+def _convolution_add(packer: Packer, fused: Fused, weight: fx.Node) -> None:
+    residual = fused.residual
+    assert residual is not None
+    if residual.target not in _CHANNELS_LAST:
+        # With any other layout oneDNN's op falls back to separate ATen calls, which fail for bf16.
+        layout = torch.channels_last if len(fused.stride) == 2 else torch.channels_last_3d
+        residual = packer.call(aten.contiguous.default, (residual,), residual, fused.node, memory_format=layout)
+    spatial = (fused.padding, fused.stride, fused.dilation, fused.groups)
+    fits = fused.activation in ("relu", "none")  # all that oneDNN's op can do after the add
+    tail = ("add", 1.0, "relu" if fused.activation == "relu" else None, (), "")
+    y = packer.call(
+        mkldnn._convolution_pointwise.binary,
+        (fused.x, residual, weight, fused.bias, *spatial, *tail),
+        fused.node,
+    )
+    packer.finish(fused, y, add=False, activate=not fits)
+
+
+def _unary(packer: Packer, fused: Fused, target: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+    """*target* with the activation in it where nothing comes between, else followed by what is missing."""
+    unary = fused.unary if fused.residual is None else None
+    y = packer.call(target, (*args, *(unary or ("none", (), ""))), fused.node)
+    packer.finish(fused, y, add=fused.residual is not None, activate=unary is None)
+
+
+def _as_image(packer: Packer, fused: Fused) -> Fused:
+    """A 1-D convolution as the 2-D one over images of one row, whose result is squeezed."""
+
+    def row(node: fx.Node) -> fx.Node:
+        image = packer.call(aten.unsqueeze.default, (node, 2), node, fused.node)
+        image.meta["val"] = node.meta["val"].unsqueeze(2)
+        return image
+
+    x = row(fused.x)
+    residual = fused.residual
+    if residual is not None and _same(residual, fused.node):
+        residual = row(residual)
+    inner = packer.call(fused.node.target, (), fused.node)
+    inner.meta["val"] = fused.node.meta["val"].unsqueeze(2)
+    fused.node.target, fused.node.args, fused.node.kwargs = aten.squeeze.dim, (inner, 2), {}
+    stride, padding, dilation = (1, *fused.stride), (0, *fused.padding), (1, *fused.dilation)
+    return dataclasses.replace(
+        fused, node=inner, x=x, residual=residual, stride=stride, padding=padding, dilation=dilation
+    )
+
+
+def _is_one_pixel(fused: Fused) -> bool:
+    """Whether a 2-D convolution sees a single pixel through a 1 × 1 kernel, as in squeeze-and-excitation."""
+    x, weight = fused.x.meta["val"], fused.weight.meta["val"]
+    whole = len(fused.stride) == 2 and weight.dim() == 4 and fused.groups == 1 and not any(fused.padding)
+    return whole and all(isinstance(s, int) and s == 1 for s in (*x.shape[2:], *weight.shape[2:]))
+
+
+def _one_pixel(packer: Packer, fused: Fused) -> None:
+    """conv(x[N, C, 1, 1], w[O, C, 1, 1])   →   reshape(linear(reshape(x, [N, C]), w[O, C]), [N, O, 1, 1])"""
+
+    def flat(node: fx.Node) -> fx.Node:
+        if node.target is aten.reshape.default and tuple(node.args[1])[2:] == (1, 1):  # type: ignore[arg-type]
+            inner = node.args[0]
+            if isinstance(inner, fx.Node) and inner.meta["val"].dim() == 2:
+                return inner
+        rows = packer.call(aten.reshape.default, (node, (-1, node.meta["val"].shape[1])), node, fused.node)
+        rows.meta["val"] = node.meta["val"].flatten(1)
+        return rows
+
+    x = flat(fused.x)
+    residual = fused.residual
+    if residual is not None and _same(residual, fused.node):
+        residual = flat(residual)
+    inner = packer.call(aten.linear.default, (), fused.node)
+    inner.meta["val"] = fused.node.meta["val"].flatten(1)
+    channels = fused.weight.meta["val"].shape[0]
+    fused.node.target, fused.node.args, fused.node.kwargs = aten.reshape.default, (inner, (-1, channels, 1, 1)), {}
+    _linear(packer, dataclasses.replace(fused, node=inner, x=x, residual=residual, stride=()))
+
+
+def _linear(packer: Packer, fused: Fused) -> None:
+    shape = hints(fused.x)
+    rows = math.prod(shape[:-1]) if shape is not None else None
+    matrix = fused.weight.meta["val"].flatten(1)
+    if rows is not None and rows * matrix.numel() <= _SMALL_LINEAR[matrix.dtype]:
+        weight = fused.weight
+        if weight.meta["val"].dim() > 2:
+            weight = packer.constant(weight, ("matrix",), lambda w: w.flatten(1))
+        y = packer.call(aten.linear.default, (fused.x, weight, fused.bias), fused.node)
+        packer.finish(fused, y, add=fused.residual is not None, activate=True)
+        return
+    weight = packer.constant(
+        fused.weight, ("packed", rows), lambda w: mkldnn._reorder_linear_weight(w.flatten(1).contiguous(), rows)
+    )
+    if fused.residual is not None and _same(fused.residual, fused.node):
+        args = (fused.x, fused.residual, weight, fused.bias, "add")
+        y = packer.call(mkldnn._linear_pointwise.binary, args, fused.node)
+        packer.finish(fused, y, add=False, activate=True)
+        return
+    _unary(packer, fused, mkldnn._linear_pointwise.default, (fused.x, weight, fused.bias))
+
+
+def _transposed(packer: Packer, fused: Fused) -> None:
+    if len(fused.stride) == 1:
+        return  # oneDNN's op has no 1-D form
+    args = (fused.padding, fused.output_padding, fused.stride, fused.dilation, fused.groups)
+    sizes = hints(fused.x)
+    weight = packer.constant(
+        fused.weight,
+        ("transposed", *args, sizes),
+        lambda w: mkldnn._reorder_convolution_transpose_weight(w, *args, sizes),
+    )
+    _unary(packer, fused, mkldnn._convolution_transpose_pointwise.default, (fused.x, weight, fused.bias, *args))
+
+
+_RULES = {"conv": _convolution, "conv_transpose": _transposed, "linear": _linear}
+
+
+def hints(node: fx.Node) -> tuple[int, ...] | None:
+    """Sizes of a value for the example inputs; None where a size depends on data."""
+    sizes = [s if isinstance(s, int) else s.node.hint for s in node.meta["val"].shape]
+    return None if None in sizes else tuple(int(s) for s in sizes)
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and same_sizes(x, y)

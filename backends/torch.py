@@ -1,0 +1,121 @@
+"""The embedded engine: ATen and oneDNN ops called from one generated Python function. No C++ compiler, no Inductor.
+
+    program ──oneDNN calls, weights packed──▶ ──layout settled──▶ ──memory reused──▶ source text ──exec──▶ function
+
+Every step edits the graph, so the generated text (``TorchExecutable.source``) is what runs, line by line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt import ops
+from fxopt.backend import Backend, Executable
+from fxopt.backends import _torch_layout, _torch_memory, _torch_onednn
+from fxopt.backends._torch_codegen import Code, generate
+from fxopt.errors import BackendUnavailable
+from fxopt.program import Program
+from fxopt.target import Target
+
+
+class TorchExecutable(Executable):
+    """A generated function and the tensors it reads.
+
+    Attributes:
+        source: text of the function, for reading and debugging.
+    """
+
+    def __init__(self, code: Code, constants: dict[str, Any], target: Target) -> None:
+        self.source = code.source
+        self._code = code
+        self._run = code.run
+        self._constants = constants
+        self._target = target
+        self._runs_here = target.runs_here
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Flat outputs, writebacks included.
+
+        Raises:
+            BackendUnavailable: the program was compiled for a machine that this one is not.
+        """
+        if not self._runs_here:
+            raise BackendUnavailable(
+                f"this model was compiled for target {self._target.name!r} ({self._target.arch}), which cannot run "
+                "here: move the saved model to such a machine, or compile for this one."
+            )
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._guarded(inputs)
+        return self._guarded(inputs)
+
+    def _guarded(self, inputs: Sequence[Any]) -> list[Any]:
+        try:
+            # Not inference_mode: its results could never take part in autograd outside.
+            with torch.no_grad():
+                return self._run(inputs)
+        except Exception as error:
+            raise self._code.located(error) from error
+
+    def constant(self, name: str) -> torch.Tensor:
+        """The live tensor behind a constant of the program; writing into it changes what the next call reads.
+
+        Raises:
+            KeyError: the program has no such constant any more.
+        """
+        value = self._constants[name]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def nbytes(self) -> int:
+        """Bytes of all weights, packed ones as they are packed, shared storage counted once."""
+        sizes = {}
+        for value in self._constants.values():
+            if isinstance(value, torch.Tensor) and value.layout == torch._mkldnn:  # type: ignore[attr-defined]
+                sizes[id(value)] = int(torch.ops.mkldnn._nbytes(value))
+            elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return sum(sizes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchBackend(Backend):
+    """Runs a program with PyTorch's own kernels.
+
+    Attributes:
+        inductor: lower through ``torch.compile`` with freezing instead; needs a C++ compiler and takes much longer.
+    """
+
+    name: ClassVar[str] = "torch"
+    inductor: bool = False
+
+    def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
+        """The program as a generated function; its constants are consumed.
+
+        Raises:
+            BackendUnavailable: ``inductor=True`` and there is no C++ compiler.
+        """
+        if self.inductor:
+            from fxopt.backends._torch_inductor import lower_with_inductor
+
+            return lower_with_inductor(program, target, inputs)
+        # Tensors made under a caller's inference_mode would be unusable outside it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            _drop_asserts(program)
+            if target.runs_here and target.arch == "x86_64" and torch.backends.mkldnn.is_available():
+                _torch_onednn.lower(program)
+            _torch_layout.settle(program)
+            _torch_memory.reuse_memory(program)
+            program.remove_dead()
+            return TorchExecutable(generate(program), program.constants, target)
+
+
+def _drop_asserts(program: Program) -> None:
+    """Remove checks of dtype, device and layout that tracing has already made."""
+    for node in list(program.graph.nodes):
+        if ops.packet(node) == "_assert_tensor_metadata":
+            program.graph.erase_node(node)
