@@ -7,12 +7,15 @@ The user's object is never touched: the copy has its own ``training`` flags, buf
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import logging
 import operator
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +32,6 @@ from fxopt.functionalize import functionalize
 from fxopt.program import Program
 from fxopt.signature import Leaf, Signature, Writeback
 
-_log = logging.getLogger("fxopt")
 _STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ}
 
 
@@ -112,7 +114,9 @@ def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
 def _finish(
     exported: ExportedProgram, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reference: list[Any]
 ) -> Captured:
-    program = _to_program(functionalize(exported), _forward_signature(model))
+    with quiet_export():
+        functional = functionalize(exported)
+    program = _to_program(functional, _forward_signature(model))
     if len(reference) != len(program.signature.outputs):
         raise CaptureError("the captured graph returns another structure than the model itself")
     return Captured(program, model, program.signature.flatten(args, kwargs), reference)
@@ -162,14 +166,16 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in outputs]
 
 
-_quiet_lock = threading.Lock()
+_quiet_lock = threading.RLock()
+_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
 
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Silence torch.export's own log lines: what matters of them is in our errors."""
-    with _quiet_lock:
-        loggers = [logging.getLogger(n) for n in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    """Silence what torch.export logs, warns and prints on its own: what matters of it is in our errors."""
+    with _quiet_lock, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        loggers = [logging.getLogger(name) for name in _LOGGERS]
         levels = [logger.level for logger in loggers]
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

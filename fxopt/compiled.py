@@ -79,7 +79,8 @@ class CompiledModel:
     8 variants are kept.
     """
 
-    def __init__(self, target: Target, build: Build, variant: Variant | None) -> None:
+    def __init__(self, target: Target, *, build: Build | None = None, variant: Variant | None = None) -> None:
+        """Either *variant* is given, or *build* makes one at the first call."""
         self.target = target
         self._build = build
         self._fixed = variant
@@ -159,6 +160,7 @@ class CompiledModel:
                     stacklevel=3,
                 )
             detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+            assert self._build is not None
             variant = self._build(*detached)
             self._lazy[key] = variant
             while len(self._lazy) > _MOST_VARIANTS:

@@ -84,18 +84,21 @@ def leaf(name: str, value: Any, constant: Any) -> Leaf:
 
 def ranges(exported: torch.export.ExportedProgram) -> dict[sympy.Symbol, tuple[int, int]]:
     """Lowest and highest size of each symbol. The lowest is 1: export's own "2" only says "not specialised to 1"."""
-    limit = 2**63 - 1
     result = {}
     for symbol, interval in exported.range_constraints.items():
-        low = int(interval.lower) if interval.lower.is_finite else 0
-        high = int(interval.upper) if interval.upper.is_finite else limit
-        result[symbol] = (1 if low in (0, 2) else low, min(high, limit))
+        low = _bound(interval.lower, 0)
+        result[symbol] = (1 if low in (0, 2) else low, _bound(interval.upper, 2**63 - 1))
     return result
+
+
+def _bound(value: Any, unlimited: int) -> int:
+    """An end of a sympy interval as an int; *unlimited* where it is infinite."""
+    return int(value) if value.is_Integer else unlimited
 
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:
     """A readable unique identifier for each output leaf: ``logits``, ``past_key_values_0_1``, ``output``."""
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    tree = pytree.tree_unflatten([torch.empty(0)] * spec.num_leaves, spec)
     paths, _ = pytree.tree_flatten_with_path(tree)
     names: list[str] = []
     for path, _ in paths:

@@ -73,15 +73,15 @@ class _Sweep:
                 self._refresh(node)
 
     def _visit(self, node: fx.Node) -> None:
+        if ops.kind(node) == "cast":
+            self._refresh(node)
+            return
         inputs = [n for n in node.all_input_nodes if _dtype(n) in (_WIDE, self.low)]
         was = node.meta["val"]
         want = self._wanted(node, inputs)
         for value in inputs:
             if _dtype(value) != want:
                 node.replace_input_with(value, self._cast(value, want, node))
-        if ops.kind(node) == "cast":
-            node.meta["val"] = infer(node, self.rewriter._mode)
-            return
         self._refresh(node)
         if _floats(node.meta["val"]) != _floats(was):
             self.rewriter.edits += 1
@@ -100,7 +100,7 @@ class _Sweep:
 
     def _cast(self, value: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
         """*value* in *dtype*: a new constant for a constant, one cast op for all users of anything else."""
-        source = value.args[0] if ops.packet(value) == "_to_copy" and (value, "cast") in self.casts else value
+        source = value.args[0] if value in self.casts.values() else value
         if isinstance(source, fx.Node) and _dtype(source) == dtype:
             return source
         key = (value, dtype)
