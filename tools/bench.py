@@ -14,10 +14,9 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -89,17 +88,20 @@ def measure(model: str, names: Sequence[str], *, threads: int, rounds: int, call
 
 
 def latency_table(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Markdown: latency of every contestant, then ratios with their geometric means, build seconds and errors."""
-    parts = ["## Latency, ms", _table(rows, names, lambda row, name: row.ms.get(name), "{:.2f}", failures=True)]
+    """Markdown: latency of every contestant, ratios with their geometric means, build seconds, errors, failures."""
     own = [name for name in names if name in PEERS]
+    labels = {name: f"{name} / {' or '.join(PEERS[name])}" for name in own}
+    firsts = {name: f"{name} / {PEERS[name][0]}" for name in own}
+    plain = {name: name for name in names}
+    parts = ["## Latency, ms", _table(rows, plain, lambda row, name: row.ms.get(name), "{:.2f}")]
     if own:
-        heads = [f"{name} / {' or '.join(PEERS[name])}" for name in own]
-        ratios = _table(rows, own, lambda row, name: row.ratio(name), "{:.2f}", heads=heads, mean=True)
-        parts += ["## Latency over that of the fastest peer", ratios]
-        builds = _table(rows, own, lambda row, name: row.build_ratio(name), "{:.2f}", mean=True)
-        parts += ["## Build time over that of the first peer", builds]
-    parts += ["## Build time, s", _table(rows, names, lambda row, name: row.seconds.get(name), "{:.1f}")]
-    parts += ["## Largest error / range of eager", _table(rows, names, lambda row, name: row.error.get(name), "{:.0e}")]
+        parts += ["## Latency over that of the fastest peer", _table(rows, labels, Row.ratio, "{:.2f}", mean=True)]
+        parts += [
+            "## Build time over that of the first peer",
+            _table(rows, firsts, Row.build_ratio, "{:.2f}", mean=True),
+        ]
+    parts += ["## Build time, s", _table(rows, plain, lambda row, name: row.seconds.get(name), "{:.1f}")]
+    parts += ["## Largest error / range of eager", _table(rows, plain, lambda row, name: row.error.get(name), "{:.0e}")]
     failures = [f"- {row.model}, {name}: {text}" for row in rows for name, text in row.failures.items()]
     if failures:
         parts += ["## Failures", "\n".join(failures)]
@@ -108,25 +110,22 @@ def latency_table(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 def _table(
     rows: Sequence[Row],
-    names: Sequence[str],
-    value: Any,
+    labels: Mapping[str, str],
+    value: Callable[[Row, str], float | None],
     form: str,
     *,
-    heads: Sequence[str] = (),
     mean: bool = False,
-    failures: bool = False,
 ) -> str:
-    lines = [["model", *(heads or names)], ["---"] + ["---:"] * len(names)]
-    for row in rows:
-        cells = []
-        for name in names:
-            number = value(row, name)
-            missing = "failed" if failures and name in row.failures else "–"
-            cells.append(missing if number is None else form.format(number))
-        lines.append([row.model, *cells])
-    if mean:
-        means = [geometric_mean([v for row in rows if (v := value(row, name)) is not None]) for name in names]
-        lines.append(["**geometric mean**", *(f"**{form.format(m)}**" for m in means)])
+    """A line for each contestant, a column for each model, and for their geometric mean where it is wanted."""
+    lines = [["", *(row.model for row in rows), *(["geometric mean"] if mean else [])]]
+    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
+    for name, label in labels.items():
+        numbers = [value(row, name) for row in rows]
+        cells = ["failed" if name in row.failures else "–" for row in rows]
+        cells = [cell if n is None else form.format(n) for cell, n in zip(cells, numbers, strict=True)]
+        if mean:
+            cells.append(f"**{form.format(geometric_mean([n for n in numbers if n is not None]))}**")
+        lines.append([label, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -201,16 +201,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def _difference(result: Any, expected: Any) -> float:
     """Largest difference of a tensor from eager's, relative to the range of eager's."""
-    got = [torch.as_tensor(np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)) for x in _leaves(result)]
-    wanted = _leaves(expected)
-    return max(
-        float((a.double() - b.double()).abs().max() / (b.double().max() - b.double().min()))
-        for a, b in zip(got, wanted, strict=True)
-    )
+    pairs = zip(_leaves(result), _leaves(expected), strict=True)
+    return max(float((a - b).abs().max() / (b.max() - b.min())) for a, b in pairs)
 
 
-def _leaves(value: Any) -> list[Any]:
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor | np.ndarray)]
+def _leaves(value: Any) -> list[torch.Tensor]:
+    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor | np.ndarray)]
+    return [torch.as_tensor(x).detach().double() for x in leaves]
 
 
 def warm_up(names: list[str], threads: int) -> None:
