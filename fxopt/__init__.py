@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxopt import testing as testing
+    import fxopt.testing as testing
     from fxopt.backend import Backend, Executable
     from fxopt.compiled import CompiledModel
     from fxopt.compiler import compile

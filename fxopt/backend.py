@@ -33,7 +33,9 @@ class Executable(abc.ABC):
         Raises:
             ArtifactError: the backend has none for this kind of file.
         """
-        raise ArtifactError(f"this backend cannot write {path.suffix or path.name!r} files; backend='onnx' writes .onnx")
+        raise ArtifactError(
+            f"this backend cannot write {path.suffix or path.name!r} files; backend='onnx' writes .onnx"
+        )
 
     def constant(self, name: str) -> torch.Tensor:
         """The tensor behind a constant that ``lower`` took out of the program, in its plain layout.

@@ -15,10 +15,11 @@ import io
 import logging
 import operator
 import threading
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -30,7 +31,7 @@ from fxopt import dynamic, structures
 from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.functionalize import functionalize
 from fxopt.program import Program
-from fxopt.signature import Leaf, Signature, Writeback
+from fxopt.signature import Signature, Writeback
 
 _STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ}
 
@@ -82,7 +83,8 @@ def capture(
 
     Args:
         model: nn.Module (GraphModules included) or ExportedProgram. Not modified.
-        args: positional example inputs; ``kwargs`` keyword ones.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
         dynamic_shapes: as ``torch.export.export`` takes it; a string stands for a ``Dim`` of that name.
 
     Raises:
@@ -204,9 +206,15 @@ def explain(error: Exception, model: nn.Module) -> str:
     text = str(error)
     where = text.partition("The following call raised this error:")[2].strip().split("\n\n")[0].strip()
     if not where:
-        frames = [f for f in inspect.getinnerframes(error.__traceback__) if "torch" not in f.filename.split("/")]
+        frames = [
+            f
+            for f in inspect.getinnerframes(cast(types.TracebackType, error.__traceback__))
+            if "torch" not in f.filename.split("/")
+        ]
         frames = [f for f in frames if "/fxopt/" not in f.filename]
-        where = "".join(f'File "{f.filename}", line {f.lineno}\n    {(f.code_context or [""])[0].strip()}' for f in frames[-1:])
+        where = "".join(
+            f'File "{f.filename}", line {f.lineno}\n    {(f.code_context or [""])[0].strip()}' for f in frames[-1:]
+        )
     name = type(error).__name__
     if "DataDependent" in name or "data-dependent" in text:
         what = "the model decides by the value of a tensor (data-dependent control flow), which one graph cannot hold"
@@ -251,6 +259,9 @@ def _to_program(exported: ExportedProgram, forward: inspect.Signature | None) ->
             values[node] = graph.node_copy(node, values.__getitem__)
     signature, results = _signature(exported, user, forward, owners)
     graph.output(tuple(values[r] if isinstance(r, fx.Node) else r for r in results))
+    for back in signature.writebacks:  # the graph's own state: the model that it came from may go on running
+        if back.constant is not None:
+            constants[back.constant] = constants[back.constant].clone()
     program = Program(graph, constants, signature)
     program.remove_dead()
     return program
@@ -266,7 +277,7 @@ def _signature(
     (flat,) = exported.graph.output_node().args
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     results, extra, writebacks = [], [], []
-    for value, spec in zip(flat, exported.graph_signature.output_specs, strict=True):  # type: ignore[arg-type]
+    for value, spec in zip(flat, exported.graph_signature.output_specs, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
             results.append(value)
         elif spec.kind is OutputKind.BUFFER_MUTATION:

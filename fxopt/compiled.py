@@ -43,6 +43,7 @@ class Variant:
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Bind, run, write back what the model mutates, and rebuild the user's structure."""
         signature = self.program.signature
         inputs = signature.bind(args, kwargs)
         if torch.is_grad_enabled():

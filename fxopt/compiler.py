@@ -113,7 +113,15 @@ class _Plan:
 
     @staticmethod
     def check(
-        model: Any, target: Any, passes: Any, calibration: Any, backend: Any, options: Any, verify: bool, dump: Any, shapes: Any
+        model: Any,
+        target: Any,
+        passes: Any,
+        calibration: Any,
+        backend: Any,
+        options: Any,
+        verify: bool,
+        dump: Any,
+        shapes: Any,
     ) -> _Plan:
         """Everything that can be found wrong before the model is looked at is found here."""
         if not isinstance(model, (nn.Module, ExportedProgram)):

@@ -75,7 +75,8 @@ def describe(value: Any) -> str:
 
 def _line(node: fx.Node, names: dict[fx.Node, str]) -> str:
     operands, options = _arguments(node)
-    text = f"{names[node]}: {describe(node.meta.get('val'))} = {_op(node)}({', '.join(_value(a, names) for a in operands)})"
+    written = ", ".join(_value(a, names) for a in operands)
+    text = f"{names[node]}: {describe(node.meta.get('val'))} = {_op(node)}({written})"
     extra = [f"{key}={_value(value, names)}" for key, value in options]
     return text + (f" {{{', '.join(extra)}}}" if extra else "")
 
@@ -98,7 +99,9 @@ def _arguments(node: fx.Node) -> tuple[list[Any], list[tuple[str, Any]]]:
     for name, value in ops.arguments(node).items():
         if _is_computed(value):
             operands.append(value)
-        elif value is not None and (isinstance(value, fx.Node) or value != defaults[name]) and value not in ("none", []):
+        elif (
+            value is not None and (isinstance(value, fx.Node) or value != defaults[name]) and value not in ("none", [])
+        ):
             options.append((name, value))
     return operands, options
 

@@ -58,7 +58,7 @@ def enlarge(
                 replaced[id(x)] = torch.cat([replaced.get(id(x), x)] * 2, dim=axis)
 
     try:
-        combined = _combine_args(model, args, kwargs)
+        combined: Any = _combine_args(model, args, kwargs)
         if isinstance(shapes, (tuple, list)):
             combined = type(shapes)(combined.values())
         _tree_map_with_path(visit, combined, shapes, tree_name="inputs")

@@ -51,7 +51,7 @@ def evaluate(
             elif node.op == "get_attr":
                 values[node] = held[str(node.target)]
             elif node.op == "output":
-                return list(fx.node.map_arg(node.args[0], values.__getitem__))  # type: ignore[arg-type]
+                return list(fx.node.map_arg(node.args[0], values.__getitem__))
             else:
                 values[node] = _call(node, values)
             if observe is not None:

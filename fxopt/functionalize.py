@@ -24,7 +24,7 @@ def functionalize(exported: torch.export.ExportedProgram) -> torch.export.Export
     """An ExportedProgram with a functional graph; *exported* itself is left as it is."""
     mutating = [n for n in exported.graph.nodes if ops.is_mutating(n)]
     if mutating and not all(_is_local(n) for n in mutating):
-        functional = exported.run_decompositions({})
+        functional: torch.export.ExportedProgram = exported.run_decompositions({})
         _restore_batch_norm(functional.graph)
         return functional
     for node in mutating:
@@ -67,9 +67,7 @@ def _replace(node: fx.Node) -> None:
 
 def _restore_batch_norm(graph: fx.Graph) -> None:
     """``_native_batch_norm_legit_no_training`` → ``batch_norm(training=False)``, the one form that passes know."""
-    for node in graph.find_nodes(
-        op="call_function", target=aten._native_batch_norm_legit_no_training.default
-    ):
+    for node in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
         if any(u.target is not operator.getitem or u.args[1] != 0 for u in node.users):
             continue
         x, weight, bias, mean, var, momentum, eps = node.args

@@ -51,8 +51,7 @@ _KINDS = {
     "elementwise": "sub div neg abs sqrt minimum maximum clamp where masked_fill pixel_shuffle pixel_unshuffle "
     "channel_shuffle roll flip repeat repeat_interleave upsample_nearest2d upsample_bilinear2d "
     "upsample_bicubic2d interpolate",
-    "assert": "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range "
-    "sym_constrain_range_for_size",
+    "assert": "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size",
 }
 _KIND_OF = {packet: kind for kind, packets in _KINDS.items() for packet in packets.split()}
 
@@ -164,7 +163,7 @@ def _parameters(target: torch._ops.OpOverload) -> tuple[tuple[str, Any, bool], .
 def arguments(node: Node) -> dict[str, Any]:
     """Every argument of the op call by its schema name, defaults filled in."""
     bound = {}
-    for i, (name, default, _) in enumerate(_parameters(node.target)):  # type: ignore[arg-type]
+    for i, (name, default, _) in enumerate(_parameters(node.target)):
         bound[name] = node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
     return bound
 

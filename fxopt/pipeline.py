@@ -154,4 +154,3 @@ class Pipeline:
     def _dump(self, program: Program, index: int, step: str) -> None:
         if self.folder is not None:
             fxir.write(program, self.folder, index, step, self.ctx.target)
-

@@ -44,7 +44,7 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The output node; its only argument is the flat tuple of results."""
-        return next(iter(reversed(self.graph.nodes)))
+        return self.graph.output_node()
 
     @property
     def placeholders(self) -> list[fx.Node]:

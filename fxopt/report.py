@@ -119,7 +119,9 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         head = Text.assemble(
-            (self.model, "bold"), f" for {self.target} on {self.backend}, ", ("exact", "green") if self.exact else ("lossy", "yellow")
+            (self.model, "bold"),
+            f" for {self.target} on {self.backend}, ",
+            ("exact", "green") if self.exact else ("lossy", "yellow"),
         )
         parts: list[RenderableType] = [head, self._numbers(), self._passes()]
         if self.candidates:
@@ -133,8 +135,8 @@ class Report:
         table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
         for title in ("", "model", "compiled", ""):
             table.add_column(title, justify="left" if not title else "right")
-        for title, (a, b) in (("parameters", self.parameters), ("MACs", self.macs)):
-            table.add_row(title, _si(a), _si(b), _ratio(a, b))
+        for title, pair in (("parameters", self.parameters), ("MACs", self.macs)):
+            table.add_row(title, _si(pair[0]), _si(pair[1]), _ratio(*pair))
         table.add_row("weights", _bytes(self.bytes[0]), _bytes(self.bytes[1]), _ratio(*self.bytes))
         if {"eager", "fxopt"} <= self.latency_ms.keys():
             a, b = self.latency_ms["eager"], self.latency_ms["fxopt"]
@@ -145,7 +147,13 @@ class Report:
 
     def _passes(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for title, justify in (("pass", "left"), ("edits", "right"), ("ops", "right"), ("s", "right"), ("against before", "left")):
+        for title, justify in (
+            ("pass", "left"),
+            ("edits", "right"),
+            ("ops", "right"),
+            ("s", "right"),
+            ("against before", "left"),
+        ):
             table.add_column(title, justify=justify)  # type: ignore[arg-type]
         for p in self.passes:
             calls = str(p.nodes[1]) if p.nodes[0] == p.nodes[1] else f"{p.nodes[0]} → {p.nodes[1]}"

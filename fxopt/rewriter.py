@@ -1,4 +1,4 @@
-"""The only way a pass edits a graph. It counts edits, infers metadata, and keeps the reasons for what was left alone."""
+"""The only way a pass edits a graph. It counts edits, infers metadata, and keeps reasons for what was left alone."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class Rewriter:
         self.skips: list[Skip] = []
         self.notes: list[str] = []
         self._mode = fake_mode(program)
+        self._mutable = {back.constant for back in program.signature.writebacks}
 
     def nodes(self) -> list[fx.Node]:
         """The nodes in order, as they are now; edits during the walk do not disturb it."""
@@ -68,8 +69,11 @@ class Rewriter:
         self.notes.append(text)
 
     def tensor(self, node: object) -> torch.Tensor | None:
-        """The constant tensor that a get_attr *node* stands for, or None for anything else."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
+        """The constant tensor that a get_attr *node* stands for, or None for anything else.
+
+        A buffer that the model mutates is no constant.
+        """
+        if not isinstance(node, fx.Node) or node.op != "get_attr" or str(node.target) in self._mutable:
             return None
         value = self.program.constants[str(node.target)]
         return value if isinstance(value, torch.Tensor) else None

@@ -184,11 +184,14 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, (tuple, list)):
         inner = args[0] if args else Any
         return tuple(_fit(v, inner, where) for v in value)
-    elif hint is Any or (hint is type(None) and value is None):
-        return value
-    elif isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+    elif hint is Any or (hint is type(None) and value is None) or _is_instance(value, hint):
         return value
     elif hint is float and type(value) is int:
         return float(value)
     name = getattr(hint, "__name__", str(hint))
     raise SpecError(f"{where}: {value!r} is not of type {name}")
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    """isinstance, but True is no int."""
+    return isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool)

@@ -21,7 +21,11 @@ def register(value: Any) -> None:
     for child in _children(value):
         register(child)
     kind = type(value)
-    if kind in pytree.SUPPORTED_NODES or isinstance(value, (torch.Tensor, type)) or pytree.is_namedtuple_instance(value):
+    if (
+        kind in pytree.SUPPORTED_NODES
+        or isinstance(value, (torch.Tensor, type))
+        or pytree.is_namedtuple_instance(value)
+    ):
         return
     if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
         torch.export.register_dataclass(kind)
@@ -74,7 +78,7 @@ def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 def _unflatten(kind: type, children: Any, context: Any) -> Any:
     held, rest = context
-    value = object.__new__(kind)
+    value: Any = object.__new__(kind)
     value.__dict__.update(rest.attributes)
     value.__dict__.update(zip(held, children, strict=True))
     return value

@@ -75,7 +75,9 @@ def check_pass(
     program, records = pipeline.run(captured.program, [*first, last])
     _, again = Pipeline(ctx, verify.run(program, captured.inputs)[: len(captured.reference)]).run(program, [last])
     assert again[0].edits == 0, f"a second run of {last.name} changed the graph again ({again[0].edits} edits)"
-    assert spec.resolve(spec.format([last]), registry.find_pass) == [last], "the spec string does not give the pass back"
+    assert spec.resolve(spec.format([last]), registry.find_pass) == [last], (
+        "the spec string does not give the pass back"
+    )
     assert modes == [m.training for m in model.modules()], "the pass changed the mode of the user's model"
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]) or value.isnan().any(), f"the pass changed {name} of the user's model"

@@ -136,11 +136,13 @@ def _metadata_problem(node: fx.Node, mode: Any) -> str | None:
 def _inferable(node: fx.Node) -> bool:
     """Ops with data-dependent sizes get fresh symbols at each propagation, and higher-order ops need their bodies."""
     symbols = [s for t in _tensors(node.meta["val"]) for d in t.shape if not isinstance(d, int) for s in _free(d)]
-    tensor_op = isinstance(node.target, torch._ops.OpOverload) and isinstance(node.meta["val"], (torch.Tensor, tuple, list))
+    tensor_op = isinstance(node.target, torch._ops.OpOverload) and isinstance(
+        node.meta["val"], (torch.Tensor, tuple, list)
+    )
     return tensor_op and not any(str(s).startswith("u") for s in symbols)
 
 
-def _free(dim: torch.SymInt) -> set[Any]:
+def _free(dim: Any) -> set[Any]:
     return set(dim.node.expr.free_symbols)
 
 
@@ -177,8 +179,9 @@ def check_exact(before: Program, after: Program, inputs: Sequence[Any], referenc
     except RuntimeError as error:
         raise VerifyError(f"outputs changed: {difference}; a check in double precision failed: {error}") from error
     if not precise.within:
-        name = (*after.signature.outputs, *after.signature.writebacks)[difference.where]
-        raise VerifyError(f"output {getattr(name, 'name', name)!r} changed: {difference}; in double precision: {precise}")
+        where = (*after.signature.outputs, *after.signature.writebacks)[difference.where]
+        name = getattr(where, "name", where)
+        raise VerifyError(f"output {name!r} changed: {difference}; in double precision: {precise}")
     return difference
 
 

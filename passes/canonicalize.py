@@ -111,10 +111,9 @@ def _merge_reshapes(node: fx.Node, rewriter: Rewriter) -> bool:
     """Reshape of a reshape: only the last shape counts. ``view`` becomes ``reshape``, which any layout allows."""
     if ops.packet(node) not in ("view", "_unsafe_view", "reshape") or node.target is aten.view.dtype:
         return False
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source: Any = node.args[0]
     while ops.packet(source) in ("reshape", "flatten", "squeeze", "unsqueeze", "unflatten"):
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     if source is node.args[0] and node.target not in _RESHAPES:
         return False
     new = rewriter.call(aten.reshape.default, (source, node.args[1]), before=node)

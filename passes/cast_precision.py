@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,7 +62,6 @@ class _Sweep:
         self.rewriter = rewriter
         self.low = low
         self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        self.mutable = {back.constant for back in rewriter.program.signature.writebacks}
 
     def run(self) -> None:
         for node in self.rewriter.nodes():
@@ -106,7 +106,7 @@ class _Sweep:
         key = (value, dtype)
         if key not in self.casts:
             tensor = self.rewriter.tensor(value)
-            if tensor is not None and str(value.target) not in self.mutable:
+            if tensor is not None:
                 self.casts[key] = self.rewriter.constant(f"{value.target}", tensor.to(dtype))
             else:
                 place = value.next if value.op == "call_function" else _first_call(self.rewriter)
@@ -135,7 +135,8 @@ class _Sweep:
 
 
 def _first_call(rewriter: Rewriter) -> fx.Node:
-    return next(n for n in rewriter.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    nodes: Iterable[fx.Node] = rewriter.program.graph.nodes
+    return next(n for n in nodes if n.op not in ("placeholder", "get_attr"))
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:

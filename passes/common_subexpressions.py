@@ -28,10 +28,9 @@ class CommonSubexpressions(Pass):
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep in graph order: merged inputs make later calls equal."""
-        mutable = {back.constant for back in rewriter.program.signature.writebacks}
         first: dict[Hashable, fx.Node] = {}
         for node in rewriter.nodes():
-            key = _constant_key(node, rewriter, mutable) if node.op == "get_attr" else _call_key(node)
+            key = _constant_key(node, rewriter) if node.op == "get_attr" else _call_key(node)
             if key is None:
                 continue
             known = first.setdefault(key, node)
@@ -50,9 +49,9 @@ def _call_key(node: fx.Node) -> Hashable | None:
     return (node.target, _freeze(node.args), _freeze(node.kwargs))
 
 
-def _constant_key(node: fx.Node, rewriter: Rewriter, mutable: set[str | None]) -> Hashable | None:
+def _constant_key(node: fx.Node, rewriter: Rewriter) -> Hashable | None:
     value = rewriter.tensor(node)
-    if value is None or str(node.target) in mutable:
+    if value is None:
         return None
     return ("place", value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
 

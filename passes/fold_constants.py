@@ -33,9 +33,8 @@ class FoldConstants(Pass):
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep: a folded node is a constant for the nodes after it."""
-        mutable = {back.constant for back in rewriter.program.signature.writebacks}
         for node in rewriter.nodes():
-            if node.op == "call_function" and _is_constant(node, rewriter, mutable):
+            if node.op == "call_function" and _is_constant(node, rewriter):
                 self._fold(node, rewriter)
 
     def _fold(self, node: fx.Node, rewriter: Rewriter) -> None:
@@ -54,11 +53,10 @@ class FoldConstants(Pass):
         rewriter.replace(node, new)
 
 
-def _is_constant(node: fx.Node, rewriter: Rewriter, mutable: set[str | None]) -> bool:
+def _is_constant(node: fx.Node, rewriter: Rewriter) -> bool:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor) or not all(isinstance(d, int) for d in fake.shape):
         return False
     if not ops.is_pure(node) or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    inputs = node.all_input_nodes
-    return all(rewriter.tensor(n) is not None and str(n.target) not in mutable for n in inputs)
+    return all(rewriter.tensor(n) is not None for n in node.all_input_nodes)

@@ -16,6 +16,7 @@ The folding is computed in float64 and rounded once. Activations and residuals g
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any as Value
 from typing import ClassVar
@@ -76,22 +77,11 @@ def _affine(node: fx.Node, rewriter: Rewriter) -> _Affine | str:
     return _Affine(scale, shift)
 
 
-def _mutable(node: fx.Node, rewriter: Rewriter) -> bool:
-    return str(node.target) in {back.constant for back in rewriter.program.signature.writebacks}
-
-
 def _no_constants(producer: fx.Node, rewriter: Rewriter) -> str | None:
     """Why the weight or bias of a conv or linear cannot be rewritten, or None."""
     a = ops.arguments(producer)
-    for name in ("weight", "bias"):
-        node = a[name]
-        if node is None:
-            continue
-        if rewriter.tensor(node) is None:
-            return f"{name} of {producer.name} is computed, not constant"
-        if _mutable(node, rewriter):
-            return f"{name} of {producer.name} is a buffer that the model mutates"
-    return None
+    computed = [name for name in ("weight", "bias") if a[name] is not None and rewriter.tensor(a[name]) is None]
+    return f"{computed[0]} of {producer.name} is computed, not constant" if computed else None
 
 
 class _FoldRule(Rule):
@@ -108,9 +98,9 @@ class _FoldRule(Rule):
         stats = tuple(n[s] for s in _STATISTICS)
         return (self.side, ops.packet(producer), a["weight"], a["bias"], a.get("groups"), stats, n["eps"])
 
+    @abc.abstractmethod
     def norm_of(self, user: fx.Node) -> fx.Node | None:
         """The batch_norm that *user* would be folded with, if any."""
-        raise NotImplementedError
 
     def split_weight(self, producer: fx.Node, norm: fx.Node) -> str | None:
         """A reason if folding would leave two copies of a weight that is shared."""
@@ -130,7 +120,6 @@ class _FoldRule(Rule):
         dtype = a["weight"].meta["val"].dtype
         if key not in self.folded:
             base = str(a["weight"].target).removesuffix(".weight").removesuffix(".t")
-            # A key holds nodes, which stay alive as long as the dictionary does: they are not dead before the sweep ends.
             self.folded[key] = (
                 rewriter.constant(f"{base}.folded_weight", weight.to(dtype)),
                 rewriter.constant(f"{base}.folded_bias", bias.to(dtype)),

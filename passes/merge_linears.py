@@ -10,6 +10,7 @@ already carries an activation or residual keeps it and stays alone.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import torch
@@ -61,17 +62,17 @@ class MergeLinears(Pass):
         biases = [rewriter.tensor(u.args[2]) if len(u.args) > 2 else None for u in group]
         if any(b is not None for b in biases):
             filled = [b if b is not None else w.new_zeros(len(w)) for b, w in zip(biases, weights, strict=True)]
-            bias = rewriter.constant("merged_bias", torch.cat(filled))
+            bias = rewriter.constant(f"{group[0].args[1].target}.merged_bias", torch.cat(filled))  # type: ignore[union-attr]
         else:
             bias = None
-        names = "_".join(str(u.args[1].target).rpartition(".")[0].rpartition(".")[2] for u in group)  # type: ignore[union-attr]
-        weight = rewriter.constant(f"merged_{names}.weight", torch.cat(weights))
+        weight = rewriter.constant(f"{group[0].args[1].target}.merged", torch.cat(weights))  # type: ignore[union-attr]
         merged = rewriter.call(aten.linear.default, (group[0].args[0], weight, bias), before=group[0])
         ends = [0]
         for rows in weights:
             ends.append(ends[-1] + len(rows))
-        cuts = [(merged, -1, start, end) for start, end in zip(ends, ends[1:], strict=False)]
-        parts = [rewriter.call(aten.slice.Tensor, c, before=group[0], origin=u) for c, u in zip(cuts, group, strict=True)]
+        cuts = [(merged, -1, start, end) for start, end in itertools.pairwise(ends)]
+        slices = zip(cuts, group, strict=True)
+        parts = [rewriter.call(aten.slice.Tensor, cut, before=group[0], origin=user) for cut, user in slices]
         for user, part in zip(group, parts, strict=True):
             rewriter.replace(user, part)
 
@@ -86,12 +87,8 @@ def _refuse(node: fx.Node, rewriter: Rewriter) -> str | None:
     """Why a linear must stay alone, or None."""
     if ops.is_fused(node):
         return "it already carries an activation or residual"
-    mutable = {back.constant for back in rewriter.program.signature.writebacks}
-    for constant in node.args[1:]:
-        if constant is None:
-            continue
-        if rewriter.tensor(constant) is None or str(constant.target) in mutable:  # type: ignore[union-attr]
-            return "its weight or bias is not constant"
+    if any(constant is not None and rewriter.tensor(constant) is None for constant in node.args[1:]):
+        return "its weight or bias is not constant"
     weight = node.args[1]
     if isinstance(weight, fx.Node) and len(weight.users) > 1:
         return "its weight is shared"
