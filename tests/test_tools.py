@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_a_new_pass_passes_its_own_test(root: Path, monkeypatch: pytest.MonkeyPa
     module = _import(test, "test_drop_double_negation", monkeypatch)
     module.test_rewrites()
     module.test_leaves_a_shared_value_alone()
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_a_new_pass_is_lint_clean(command: list[str], root: Path) -> None:
+    changed = new_pass.scaffold("drop-double-negation", root)
+    ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "--config", str(ROOT / "pyproject.toml")]
+    # The configuration relaxes docstrings for tests/ of the repository only, so the pass alone is linted here.
+    done = subprocess.run([*ruff, str(changed[0])], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_new_pass_is_declared_among_the_others(root: Path) -> None:

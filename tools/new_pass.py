@@ -12,6 +12,8 @@ from tools import ROOT
 PASS = '''"""One sentence on what becomes smaller or faster, then before → after.
 
     neg(neg(x))   →   x
+
+Why the two are equal, or how far apart they may be.
 """
 
 from __future__ import annotations
