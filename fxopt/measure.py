@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def latency_ms(call: Callable[[], object], *, budget_s: float = 0.3, calls: int = 10, warmup: int = 2) -> float:
-    """Median milliseconds of *call*: *warmup* calls, then up to *calls* ones within *budget_s* seconds, at least one."""
+    """Median milliseconds of *call*: *warmup* calls, then at most *calls* within *budget_s* seconds, at least one."""
     start = time.perf_counter()
     for _ in range(warmup):
         call()

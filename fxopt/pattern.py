@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any as Anything
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from torch import fx
 
@@ -29,27 +30,37 @@ class Any:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """Matches a Python number equal to *value* within a relative 1e-6 (people write √(2/π) to a few digits)."""
+
+    value: float
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class Op:
     """Matches a call of one of the *kinds* whose first operands match *operands*.
 
     Attributes:
-        kinds: as in ``ops.kind``, separated by spaces in the constructor.
+        kinds: as in ``ops.kind``, or ATen packet names; separated by spaces in the constructor.
         operands: patterns for the leading arguments; further arguments are free.
         name: what the node is bound to.
         commutative: also try the first two operands swapped.
     """
 
     kinds: frozenset[str]
-    operands: tuple[Op | Any, ...]
+    operands: tuple[Pattern, ...]
     name: str
     commutative: bool
 
-    def __init__(self, kinds: str, *operands: Op | Any, name: str = "", commutative: bool = False) -> None:
+    def __init__(self, kinds: str, *operands: Pattern, name: str = "", commutative: bool = False) -> None:
         object.__setattr__(self, "kinds", frozenset(kinds.split()))
         object.__setattr__(self, "operands", operands)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "commutative", commutative)
+
+
+Pattern: TypeAlias = Op | Any | Number
 
 
 @dataclasses.dataclass
@@ -110,11 +121,15 @@ def find(pattern: Op, node: fx.Node) -> Iterator[Match]:
         yield Match(node, [n for n in inner if n is not node], bound)
 
 
-def _find(pattern: Op | Any, value: Anything) -> Iterator[tuple[dict[str, Anything], list[fx.Node]]]:
+def _find(pattern: Pattern, value: Anything) -> Iterator[tuple[dict[str, Anything], list[fx.Node]]]:
     if isinstance(pattern, Any):
         yield {pattern.name: value}, []
         return
-    if not isinstance(value, fx.Node) or ops.kind(value) not in pattern.kinds:
+    if isinstance(pattern, Number):
+        if isinstance(value, (int, float)) and math.isclose(value, pattern.value, rel_tol=1e-6):
+            yield {}, []
+        return
+    if not isinstance(value, fx.Node) or not pattern.kinds & {ops.kind(value), ops.packet(value)}:
         return
     own = {pattern.name: value} if pattern.name else {}
     given = list(ops.arguments(value).values()) if ops.namespace(value) else list(value.args)
@@ -130,7 +145,7 @@ def _orders(pattern: Op, given: list[Anything]) -> Iterator[list[Anything]]:
 
 
 def _find_all(
-    patterns: Sequence[Op | Any], values: Sequence[Anything]
+    patterns: Sequence[Pattern], values: Sequence[Anything]
 ) -> Iterator[tuple[dict[str, Anything], list[fx.Node]]]:
     if not patterns:
         yield {}, []

@@ -27,6 +27,7 @@ _log = logging.getLogger("fxopt")
 FIRST = (
     "canonicalize",  # functional names, no dropout, no no-ops, no redundant views and casts
     "common-subexpressions",  # what is computed twice is computed once
+    "recognize-activations",  # gelu and its kin, where the model spells them out in arithmetic
     "fold-constants",  # what depends on constants alone is computed now
 )
 # After pruning and factorisation (they change weights), before quantization and casts (they freeze them).

@@ -37,7 +37,12 @@ class FuseConvBnRelu(Pass):
     """Fold batch_norm into convs and linears, then fuse residual adds and activations."""
 
     name: ClassVar[str] = "fuse-conv-bn-relu"
-    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "fold-constants", "common-subexpressions")
+    runs_after: ClassVar[tuple[str, ...]] = (
+        "canonicalize",
+        "common-subexpressions",
+        "recognize-activations",
+        "fold-constants",
+    )
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Four sweeps: each gives the next one its pattern."""
