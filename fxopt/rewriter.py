@@ -52,6 +52,8 @@ class Rewriter:
         self.skips: list[Skip] = []
         self.notes: list[str] = []
         self._mode = fake_mode(program)
+        self._skipped: set[tuple[str, str]] = set()
+        self._first_call: fx.Node | None = None
         self._mutable = {back.constant for back in program.signature.writebacks}
 
     def nodes(self) -> list[fx.Node]:
@@ -60,9 +62,9 @@ class Rewriter:
 
     def skip(self, node: fx.Node, reason: str) -> None:
         """Record that *node* was left alone, and why."""
-        skip = Skip(node.name, reason, source_line(node))
-        if skip not in self.skips:
-            self.skips.append(skip)
+        if (node.name, reason) not in self._skipped:
+            self._skipped.add((node.name, reason))
+            self.skips.append(Skip(node.name, reason, source_line(node)))
 
     def note(self, text: str) -> None:
         """Leave a remark for the report."""
@@ -84,14 +86,19 @@ class Rewriter:
         name, n = base, 1
         while name in self.program.constants:
             name, n = f"{base}_{n}", n + 1
-        graph = self.program.graph
-        first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
         self.program.constants[name] = value.detach()
-        with graph.inserting_before(first):
-            node = graph.get_attr(name)
+        with self.program.graph.inserting_before(self.first_call()):
+            node = self.program.graph.get_attr(name)
         node.meta["val"] = self._mode.from_tensor(value.detach(), static_shapes=True)
         self.edits += 1
         return node
+
+    def first_call(self) -> fx.Node:
+        """A node that follows all inputs and constants; where none was inserted before it since, the first such one."""
+        if self._first_call is None or self._first_call._erased:
+            nodes: Iterable[fx.Node] = self.program.graph.nodes
+            self._first_call = next(node for node in nodes if node.op not in ("placeholder", "get_attr"))
+        return self._first_call
 
     def call(
         self,
@@ -142,13 +149,6 @@ class Rewriter:
             pending.extend(dead.all_input_nodes)
             self.program.graph.erase_node(dead)
             self.edits += 1
-
-    def move_constants_first(self, nodes: Iterable[fx.Node]) -> None:
-        """Put get_attr *nodes* before all computation, so that any node may read them."""
-        first = next(n for n in self.program.graph.nodes if n.op not in ("placeholder", "get_attr"))
-        for node in nodes:
-            if first < node:
-                first.prepend(node)
 
 
 def fake_mode(program: Program) -> FakeTensorMode:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -62,6 +61,7 @@ class _Sweep:
         self.rewriter = rewriter
         self.low = low
         self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.made: set[fx.Node] = set()
 
     def run(self) -> None:
         for node in self.rewriter.nodes():
@@ -100,7 +100,7 @@ class _Sweep:
 
     def _cast(self, value: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
         """*value* in *dtype*: a new constant for a constant, one cast op for all users of anything else."""
-        source = value.args[0] if value in self.casts.values() else value
+        source = value.args[0] if value in self.made else value
         if isinstance(source, fx.Node) and _dtype(source) == dtype:
             return source
         key = (value, dtype)
@@ -109,10 +109,11 @@ class _Sweep:
             if tensor is not None:
                 self.casts[key] = self.rewriter.constant(f"{value.target}", tensor.to(dtype))
             else:
-                place = value.next if value.op == "call_function" else _first_call(self.rewriter)
+                place = value.next if value.op == "call_function" else self.rewriter.first_call()
                 self.casts[key] = self.rewriter.call(
                     aten._to_copy.default, (value,), {"dtype": dtype}, before=place, origin=user
                 )
+                self.made.add(self.casts[key])
         return self.casts[key]
 
     def _refresh(self, node: fx.Node) -> None:
@@ -132,11 +133,6 @@ class _Sweep:
             if isinstance(value, fx.Node) and dtype is not None and _dtype(value) != dtype:
                 results[i] = self._cast(value, dtype, node)
         node.args = (tuple(results),)
-
-
-def _first_call(rewriter: Rewriter) -> fx.Node:
-    nodes: Iterable[fx.Node] = rewriter.program.graph.nodes
-    return next(n for n in nodes if n.op not in ("placeholder", "get_attr"))
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
