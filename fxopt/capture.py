@@ -108,6 +108,8 @@ def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
         args, kwargs = model.example_inputs
     exported = copy.copy(model)
     exported._graph_module = copy.deepcopy(model.graph_module, {id(t): t for t in model.state_dict.values()})
+    for own, theirs in zip(exported.graph.nodes, model.graph.nodes, strict=True):
+        own.name = theirs.name  # a copy renames what shadows a builtin ("input"), the signature does not follow
     runner = private_copy(model.module())
     _refuse_nan(runner)
     return _finish(exported, runner, args, kwargs, _run_eager(runner, args, kwargs))
