@@ -15,11 +15,10 @@ import io
 import logging
 import operator
 import threading
-import types
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt import dynamic, structures
 from fxopt.errors import CaptureError, FxoptError, InputError
+from fxopt.explain import explain
 from fxopt.functionalize import functionalize
 from fxopt.program import Program
 from fxopt.signature import Signature, Writeback
@@ -55,14 +55,11 @@ class Captured:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """An eval-mode copy of *model*: parameters shared, buffers and everything else its own."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
-        for value in [*module._parameters.values(), *module.__dict__.values()]:
-            if isinstance(value, torch.Tensor):
-                memo[id(value)] = value
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                memo.setdefault(id(buffer), buffer.detach().clone())
+        for value in [*module._buffers.values(), *module.__dict__.values()]:
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -118,8 +115,11 @@ def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
 def _finish(
     exported: ExportedProgram, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reference: list[Any]
 ) -> Captured:
-    with quiet_export():
-        functional = functionalize(exported)
+    try:
+        with quiet_export():
+            functional = functionalize(exported)
+    except Exception as error:
+        raise CaptureError(explain(error, model)) from error
     program = _to_program(functional, _forward_signature(model))
     if len(reference) != len(program.signature.outputs):
         raise CaptureError("the captured graph returns another structure than the model itself")
@@ -153,15 +153,17 @@ def _by_name(model: nn.Module, name: str) -> torch.Tensor:
 def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Flat eager outputs. Buffers and inputs that the run mutates are put back."""
     structures.register((args, kwargs))
-    buffers = list(model.buffers())
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
     leaves, spec = pytree.tree_flatten((args, kwargs))
     own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-    before = [b.clone() for b in buffers]
+    before = [(b, b.clone()) for b in model.buffers()]
     own_args, own_kwargs = pytree.tree_unflatten(own, spec)
     try:
         with torch.no_grad():
             result = model(*own_args, **own_kwargs)
-            for buffer, old in zip(buffers, before, strict=True):
+            for module, named in buffers:  # a model may also assign a new tensor to a buffer
+                module._buffers.update(named)
+            for buffer, old in before:
                 buffer.copy_(old)
     except Exception as error:
         raise InputError(f"the model itself fails on the example inputs: {type(error).__name__}: {error}") from error
@@ -201,36 +203,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
         raise
     except Exception as error:
         raise CaptureError(explain(error, model)) from error
-
-
-def explain(error: Exception, model: nn.Module) -> str:
-    """What went wrong in an export, where in the user's code, and what to do about it."""
-    text = str(error)
-    where = text.partition("The following call raised this error:")[2].strip().split("\n\n")[0].strip()
-    if not where:
-        frames = [
-            f
-            for f in inspect.getinnerframes(cast(types.TracebackType, error.__traceback__))
-            if "torch" not in f.filename.split("/")
-        ]
-        frames = [f for f in frames if "/fxopt/" not in f.filename]
-        where = "".join(
-            f'File "{f.filename}", line {f.lineno}\n    {(f.code_context or [""])[0].strip()}' for f in frames[-1:]
-        )
-    name = type(error).__name__
-    if "DataDependent" in name or "data-dependent" in text:
-        what = "the model decides by the value of a tensor (data-dependent control flow), which one graph cannot hold"
-        todo = "Write the branch with torch.where or torch.cond, or compile the parts around it."
-    elif "Constraints violated" in text or "specialized" in text or "dynamic" in name.lower():
-        what = f"the dynamic shapes do not hold for this model: {text.splitlines()[0]}"
-        todo = "Relax dynamic_shapes as the message says, or make that size static.\n" + text
-    elif "not a known type" in text or "pytree" in text:
-        what = f"an input or output is of a type that cannot be taken apart: {text.split('. ')[0]}"
-        todo = "Return tensors, tuples, dicts or dataclasses, or register the type with torch.utils._pytree."
-    else:
-        what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
-        todo = "Try torch.export.export(model, inputs) on its own to see all of it."
-    return f"{type(model).__name__} cannot be captured: {what}\n  {where}\n{todo}"
 
 
 def _to_program(exported: ExportedProgram, forward: inspect.Signature | None) -> Program:

@@ -1,0 +1,42 @@
+"""Why torch.export refused a model, in the words of the person who wrote the model."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import cast
+
+from torch import nn
+
+
+def explain(error: Exception, model: nn.Module) -> str:
+    """What went wrong in an export, where in the user's code, and what to do about it."""
+    text = str(error)
+    where = text.partition("The following call raised this error:")[2].strip().split("\n\n")[0].strip()
+    if not where:
+        frames = [
+            f
+            for f in inspect.getinnerframes(cast(types.TracebackType, error.__traceback__))
+            if "torch" not in f.filename.split("/")
+        ]
+        frames = [f for f in frames if "/fxopt/" not in f.filename]
+        where = "".join(
+            f'File "{f.filename}", line {f.lineno}\n    {(f.code_context or [""])[0].strip()}' for f in frames[-1:]
+        )
+    name = type(error).__name__
+    if "DataDependent" in name or "data-dependent" in text:
+        what = "the model decides by the value of a tensor (data-dependent control flow), which one graph cannot hold"
+        todo = "Write the branch with torch.where or torch.cond, or compile the parts around it."
+    elif "Constraints violated" in text or "specialized" in text or "dynamic" in name.lower():
+        what = f"the dynamic shapes do not hold for this model: {text.splitlines()[0]}"
+        todo = "Relax dynamic_shapes as the message says, or make that size static.\n" + text
+    elif "not a known type" in text or "pytree" in text:
+        what = f"an input or output is of a type that cannot be taken apart: {text.split('. ')[0]}"
+        todo = "Return tensors, tuples, dicts or dataclasses, or register the type with torch.utils._pytree."
+    elif "register it as buffer" in text:
+        what = f"it mutates a tensor that is no buffer: {text.splitlines()[0].partition(' Pls')[0]}"
+        todo = "Register the tensor with register_buffer, so that the compiled model can keep it up to date."
+    else:
+        what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
+        todo = "Try torch.export.export(model, inputs) on its own to see all of it."
+    return f"{type(model).__name__} cannot be captured: {what}\n  {where}\n{todo}"
