@@ -254,7 +254,9 @@ class _Lowering:
     def _eager_latency(self) -> float:
         from torch.utils import _pytree as pytree
 
-        args, kwargs = pytree.tree_unflatten(list(self.captured.inputs), self.captured.program.signature.in_spec)
+        # A model may write to its inputs, and these are the user's.
+        own = [x.clone() if isinstance(x, torch.Tensor) else x for x in self.captured.inputs]
+        args, kwargs = pytree.tree_unflatten(own, self.captured.program.signature.in_spec)
         model = self.captured.model
 
         def call() -> None:
