@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,8 @@ class _Plan:
         """Everything that can be found wrong before the model is looked at is found here."""
         if not isinstance(model, (nn.Module, ExportedProgram)):
             raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
+        if isinstance(model, ExportedProgram) and shapes is not None:
+            raise InputError("an ExportedProgram has its dynamic sizes already: give dynamic_shapes to torch.export")
         where = resolve_target(target)
         listed = [] if passes is None else spec.resolve(passes, registry.find_pass)
         pipeline = full_pipeline(listed, registry.find_pass)
@@ -139,6 +141,8 @@ class _Plan:
         else:
             raise InputError(f"backend must be a name or a Backend object, not {type(backend).__name__}")
         folder = dump or os.environ.get("FXOPT_DUMP") or None
+        if isinstance(calibration, Iterator):  # a lazy compile may capture, and calibrate, more than once
+            calibration = list(calibration)
         return _Plan(model, where, pipeline, calibration, engine, verify, folder, shapes)
 
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
