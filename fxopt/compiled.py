@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxopt import structures
 from fxopt.backend import Executable
 from fxopt.errors import FxoptError, InputError
 from fxopt.program import Program
@@ -86,6 +87,7 @@ class CompiledModel:
         self._build = build
         self._fixed = variant
         self._lazy: OrderedDict[Hashable, Variant] = OrderedDict()
+        self._state: dict[str, torch.Tensor] = {}
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +98,23 @@ class CompiledModel:
         """
         if self._fixed is not None:
             return self._fixed(args, kwargs)
-        return self._variant(args, kwargs)(args, kwargs)
+        variant = self._variant(args, kwargs)
+        if not variant.program.signature.writebacks:
+            return variant(args, kwargs)
+        with self._lock:  # one state for all variants, whichever is called
+            self._hand_over_state(variant)
+            return variant(args, kwargs)
+
+    def _hand_over_state(self, variant: Variant) -> None:
+        """Give *variant* the buffers as the variant called before it left them."""
+        for back in variant.program.signature.writebacks:
+            if back.constant is None:
+                continue
+            own = variant.executable.constant(back.constant)
+            latest = self._state.get(back.constant, own)
+            if latest is not own:
+                own.copy_(latest)
+            self._state[back.constant] = own
 
     @property
     def backend(self) -> str:
@@ -170,6 +188,7 @@ class CompiledModel:
 
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    structures.register((args, kwargs))
     leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
     parts = [
         (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x).__name__, repr(x)) for x in leaves
