@@ -170,8 +170,10 @@ class Signature:
     def _only_defaults(self, named: Mapping[str, Any], captured: set[str]) -> bool:
         assert self.forward is not None
         for name in set(named) - captured:
-            parameter = self.forward.parameters.get(name)
-            if parameter is None or named[name] is not parameter.default:
+            parameter, given = self.forward.parameters.get(name), named[name]
+            if parameter is None:
+                return False
+            if given is not parameter.default and not _is_same_scalar(given, parameter.default):
                 return False
         return True
 
@@ -198,6 +200,10 @@ class Signature:
             if value.is_number and int(value) != size:
                 return f"has size {size} in dimension {i}, expected {expected} = {value}"
         return None
+
+
+def _is_same_scalar(a: object, b: object) -> bool:
+    return type(a) is type(b) and isinstance(a, (int, float, str)) and a == b
 
 
 def _mismatch(leaf: Leaf, x: object) -> str | None:
