@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fxopt import cost, ops, registry, spec, verify
 from fxopt.backend import Backend, Executable
@@ -98,6 +100,11 @@ def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs)
 
 
+def _usable(x: Any) -> Any:
+    """An example input as an ordinary tensor: one made under inference_mode cannot be traced."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """The checked arguments of one ``compile``; ``build`` carries them out for given inputs."""
@@ -149,7 +156,9 @@ class _Plan:
         """Capture, rewrite, lower and measure for these example inputs."""
         stages = Stages()
         # Random ops of the model are run here too: the user's random stream is not for that.
-        with stages.shown(f"compiling {type(self.model).__name__}"), torch.random.fork_rng(devices=[]):
+        args, kwargs = pytree.tree_map(_usable, (args, kwargs))
+        title = f"compiling {type(self.model).__name__}"
+        with torch.inference_mode(False), stages.shown(title), torch.random.fork_rng(devices=[]):
             with stages.stage("capture"):
                 captured = capture(self.model, args, kwargs, self.dynamic_shapes)
             with stages.stage("passes"):
@@ -204,8 +213,9 @@ class _Lowering:
             except (BackendUnavailable, UnsupportedOp) as error:
                 self.report.candidates[name] = str(error)
                 continue
-            except VerifyError as error:
-                self.report.candidates[name] = f"not taken, its answers differ: {error}"
+            except Exception as error:  # one broken engine must not keep the others from being tried
+                self.report.candidates[name] = f"failed, {type(error).__name__}: {error}"
+                warnings.warn(f"fxopt: backend {name} is left out, it failed: {error}", stacklevel=4)
                 continue
             if not self.plan.target.runs_here:
                 return self._finish(variant)
@@ -263,8 +273,6 @@ class _Lowering:
         return variant
 
     def _eager_latency(self) -> float:
-        from torch.utils import _pytree as pytree
-
         # A model may write to its inputs, and these are the user's.
         own = [x.clone() if isinstance(x, torch.Tensor) else x for x in self.captured.inputs]
         args, kwargs = pytree.tree_unflatten(own, self.captured.program.signature.in_spec)

@@ -208,7 +208,7 @@ def _is_same_scalar(a: object, b: object) -> bool:
 
 def _mismatch(leaf: Leaf, x: object) -> str | None:
     if not leaf.is_tensor:
-        same = type(x) is type(leaf.value) and bool(x == leaf.value)
+        same = type(x) is type(leaf.value) and repr(x) == repr(leaf.value)
         return None if same else f"is {x!r}, expected {leaf.value!r}"
     if not isinstance(x, torch.Tensor):
         return f"is {type(x).__name__}, expected a tensor"
