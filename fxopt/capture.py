@@ -55,7 +55,7 @@ class Captured:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """An eval-mode copy of *model*: parameters shared, buffers and everything else its own."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo: dict[int, Any] = {id(parameter): _ordinary(parameter) for parameter in model.parameters()}
     for module in model.modules():
         for value in [*module._buffers.values(), *module.__dict__.values()]:
             if isinstance(value, torch.Tensor) and id(value) not in memo:
@@ -68,6 +68,11 @@ def private_copy(model: nn.Module) -> nn.Module:
             "Make copy.deepcopy(model) work, or pass torch.export.export(model, inputs) instead."
         ) from error
     return twin.eval()
+
+
+def _ordinary(parameter: nn.Parameter) -> nn.Parameter:
+    """*parameter* itself, or a copy of one that was made under inference_mode and cannot be traced."""
+    return nn.Parameter(parameter.clone(), requires_grad=False) if parameter.is_inference() else parameter
 
 
 def capture(

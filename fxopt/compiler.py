@@ -213,7 +213,7 @@ class _Lowering:
             except (BackendUnavailable, UnsupportedOp) as error:
                 self.report.candidates[name] = str(error)
                 continue
-            except Exception as error:  # one broken engine must not keep the others from being tried
+            except Exception as error:  # noqa: BLE001 - one broken engine must not keep the others from being tried
                 self.report.candidates[name] = f"failed, {type(error).__name__}: {error}"
                 warnings.warn(f"fxopt: backend {name} is left out, it failed: {error}", stacklevel=4)
                 continue
