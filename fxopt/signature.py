@@ -190,16 +190,30 @@ class Signature:
                 if size != expected:
                     return f"has size {size} in dimension {i}, expected {expected}"
                 continue
-            if isinstance(expected, sympy.Symbol) and expected not in symbols:
-                low, high = self.ranges.get(expected, (0, 2**63 - 1))
-                if not low <= size <= high:
-                    return f"has size {size} in dimension {i}, expected {low} to {high}"
-                symbols[expected] = size
-                continue
-            value = expected.subs(symbols)
-            if value.is_number and int(value) != size:
+            low, high = self.ranges.get(expected, (0, 2**63 - 1))
+            if not low <= size <= high:
+                return f"has size {size} in dimension {i}, expected {low} to {high}"
+            value = _settle(expected, size, symbols)
+            if value is None:
+                return f"has size {size} in dimension {i}, expected {expected}"
+            if value != size:
                 return f"has size {size} in dimension {i}, expected {expected} = {value}"
         return None
+
+
+def _settle(expected: sympy.Expr, size: int, symbols: dict[sympy.Symbol, int]) -> int | None:
+    """The size that *expected* stands for; the first *size* seen settles an open symbol. None where none fits."""
+    if isinstance(expected, sympy.Symbol):
+        return symbols.setdefault(expected, size)
+    value = expected.subs(symbols)
+    if len(value.free_symbols) == 1:
+        (symbol,) = value.free_symbols
+        fitting = [s for s in sympy.solve(value - size, symbol) if s.is_Integer]
+        if not fitting:
+            return None
+        symbols[symbol] = int(fitting[0])
+        value = value.subs(symbols)
+    return int(value) if value.is_number else size
 
 
 def _is_same_scalar(a: object, b: object) -> bool:
