@@ -1,8 +1,8 @@
 """The third-party models that tests, zoo and benchmarks share: torchvision's classifiers and transformers' encoders.
 
 Weights are random (nothing is downloaded) and then unsettled: parameters that an initialiser leaves constant (zero
-heads, unit scales) get noise, and batch norms take the statistics of a batch. Otherwise half of a model would
-multiply by one and add zero, and comparing it with eager would prove little.
+heads, unit scales) get noise, and batch norms take statistics from an input. Otherwise half of a model would multiply
+by one and add zero, and comparing it with eager would prove little.
 """
 
 from __future__ import annotations
@@ -192,28 +192,34 @@ def load(name: str, *, small: bool = False) -> Loaded:
 
 
 @torch.no_grad()
-def unsettle(model: nn.Module, *batch: torch.Tensor) -> nn.Module:
+def unsettle(model: nn.Module, *inputs: torch.Tensor) -> nn.Module:
     """Gives *model* (in eval mode) parameters and batch-norm statistics that all matter; returns it.
+
+    A batch norm divides by the root mean square of what it sees here and subtracts a little. It does not subtract
+    the mean: random networks that do are chaotic, and in the deepest even two ways to add up fp32 numbers then
+    differ by more than 1e-4.
 
     Args:
         model: changed in place.
-        batch: inputs of at least two samples where the model has batch norms.
+        inputs: what the statistics are taken from.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and parameter.min() == parameter.max():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
-        return model
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train()
-        norm.momentum = None  # the plain average of what it sees, here of one batch
-        norm.reset_running_stats()
-    model(*batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.eval()
-        norm.momentum = momentum
-        if norm.running_var is not None:  # a channel that was silent would be amplified without bound
-            norm.running_var.clamp_(min=0.01 * float(norm.running_var.mean()) + 1e-6)
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    if norms:
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
     return model
+
+
+def _take_statistics(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Sets the running statistics of *norm* from its input, f32[N,C,...]."""
+    assert isinstance(norm, _BatchNorm)
+    if norm.running_var is None or norm.running_mean is None:
+        return
+    power = inputs[0].square().mean([d for d in range(inputs[0].dim()) if d != 1])
+    norm.running_var.copy_(power.clamp(min=0.1 * float(power.mean()) + 1e-6))  # silent channels stay quiet
+    norm.running_mean.copy_(0.1 * torch.randn_like(power) * norm.running_var.sqrt())
