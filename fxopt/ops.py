@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 Precision = Literal["low", "full", "follow"]
 Activation = tuple[str, tuple[float, ...]]
@@ -191,6 +191,24 @@ def is_view(node: Node) -> bool:
     if any(r.alias_info is not None for r in target._schema.returns):
         return True
     return packet(node) in _HIDDEN_ALIASES or kind(node) in {"shape", "permute"}
+
+
+def lent_out(graph: Graph) -> set[Node]:
+    """Nodes whose memory the caller may come to hold: the outputs, and all that they may be views of."""
+    held: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user.op == "output" or (user in held and is_view(user)) for user in node.users):
+            held.add(node)
+    return held
+
+
+# Ops that read memory as it lies, not by index.
+_READS_LAYOUT = {"as_strided", "as_strided_copy", "as_strided_scatter", "view_as_complex"}
+
+
+def reads_layout(node: Node) -> bool:
+    """Whether the result depends on the strides of the first argument, or the op refuses some of them."""
+    return packet(node) in _READS_LAYOUT or (packet(node) == "view" and "dtype" in arguments(node))
 
 
 def is_random(node: Node) -> bool:

@@ -6,7 +6,8 @@
     conv2d(x, w, padding="same")                                         →   conv2d(x, w, padding=[1, 1])
     addmm(b, x, W), x @ W (+ b), W constant                              →   linear(x, Wᵀ, b)
 
-A copy stays where removing it would let an output alias an input or a weight.
+A copy stays where removing it would let an output alias an input or a weight, and where the strides that it makes
+are read (as_strided).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Canonicalize(Pass):
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep in graph order; a node's inputs are canonical when it is looked at."""
+        lent_out = ops.lent_out(rewriter.program.graph)
         for node in rewriter.nodes():
             if node.op != "call_function" or node._erased:
                 continue
@@ -43,7 +45,7 @@ class Canonicalize(Pass):
                 rewriter.edits += 1
                 continue
             kept = _stands_for(node)
-            if kept is not None and not _output_would_alias(node, kept):
+            if kept is not None and not _is_needed_copy(node, lent_out):
                 rewriter.replace(node, kept)
                 continue
             for rule in _RULES:
@@ -79,9 +81,18 @@ def _same_type(a: fx.Node, b: fx.Node) -> bool:
     return sizes and x.dtype == y.dtype and x.device == y.device
 
 
-def _output_would_alias(node: fx.Node, kept: fx.Node) -> bool:
-    """Whether an output would become an input, a weight, or another output's memory, or change its strides."""
-    return any(user.op == "output" for user in node.users)
+def _is_needed_copy(node: fx.Node, lent_out: set[fx.Node]) -> bool:
+    """Whether somebody may tell *node* from its input: the caller, by writing to it, or an op that reads strides."""
+    if any(user.op == "output" for user in node.users):
+        return True
+    copies = ops.packet(node) == "contiguous" or ops.arguments(node).get("copy", False)
+    if ops.is_view(node) and not copies:
+        return False
+    return node in lent_out or _layout_is_read(node)
+
+
+def _layout_is_read(node: fx.Node) -> bool:
+    return any(ops.reads_layout(user) or (ops.is_view(user) and _layout_is_read(user)) for user in node.users)
 
 
 def _order(node: fx.Node) -> list[int] | None:

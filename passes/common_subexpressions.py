@@ -29,18 +29,17 @@ class CommonSubexpressions(Pass):
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep in graph order: merged inputs make later calls equal."""
         first: dict[Hashable, fx.Node] = {}
+        lent_out = ops.lent_out(rewriter.program.graph)  # two outputs must not come to share memory
         for node in rewriter.nodes():
             key = _constant_key(node, rewriter) if node.op == "get_attr" else _call_key(node)
             if key is None:
                 continue
             known = first.setdefault(key, node)
-            if known is not node and not _both_are_outputs(known, node):
-                rewriter.replace(node, known)
-
-
-def _both_are_outputs(a: fx.Node, b: fx.Node) -> bool:
-    """Two outputs of the user's must not come to share memory."""
-    return any(u.op == "output" for u in a.users) and any(u.op == "output" for u in b.users)
+            if known is node or (known in lent_out and node in lent_out):
+                continue
+            if node in lent_out:
+                lent_out.add(known)
+            rewriter.replace(node, known)
 
 
 def _call_key(node: fx.Node) -> Hashable | None:

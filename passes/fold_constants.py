@@ -3,7 +3,8 @@
     add(@a, @b)   →   @c          arange(0, 128)   →   @arange
 
 Bounded: a result larger than its constant inputs by more than ``limit`` bytes stays an op (a mask expanded from a
-vector is cheaper to make than to keep). A buffer that the model mutates is no constant.
+vector is cheaper to make than to keep). A buffer that the model mutates is no constant. What the model returns is
+computed anew in each call: the caller may write to it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ class FoldConstants(Pass):
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep: a folded node is a constant for the nodes after it."""
+        lent_out = ops.lent_out(rewriter.program.graph)
         for node in rewriter.nodes():
-            if node.op == "call_function" and _is_constant(node, rewriter):
+            if node.op != "call_function" or not _is_constant(node, rewriter):
+                continue
+            if node in lent_out:
+                rewriter.skip(node, "its value goes out to the caller, who may write to it")
+            else:
                 self._fold(node, rewriter)
 
     def _fold(self, node: fx.Node, rewriter: Rewriter) -> None:
