@@ -14,6 +14,7 @@ import operator
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 
 from fxopt import ops
 
@@ -43,7 +44,20 @@ def _is_local(node: fx.Node) -> bool:
     if written.op != "call_function" or not fresh or ops.kind(written) == "getitem":
         return False
     earlier = [user for user in written.users if user is not node and user < node]
-    return not any(ops.is_view(user) or ops.is_mutating(user) for user in earlier)
+    return not any(ops.is_view(user) or ops.is_mutating(user) for user in earlier) and _keeps_type(node)
+
+
+def _keeps_type(node: fx.Node) -> bool:
+    """Whether the functional twin gives the dtype and shape of the written tensor (``gt_`` and promotion do not)."""
+    twin = ops.functional(node.target)  # type: ignore[arg-type]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = detect_fake_mode(args)
+    if twin is None or mode is None:
+        return False
+    with mode, torch.no_grad():
+        value = twin(*args, **kwargs)
+    written = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype == written.dtype and value.shape == written.shape
 
 
 def _writes_nothing(node: fx.Node) -> bool:
