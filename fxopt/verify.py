@@ -101,7 +101,9 @@ def check_graph(program: Program) -> None:
         raise VerifyError(f"the graph is malformed: {error}") from error
     mode = fake_mode(program)
     for node in program.graph.nodes:
-        problem = _node_problem(node, program) or _metadata_problem(node, mode)
+        problem = _node_problem(node, program)
+        if not problem and not isinstance(program.constants.get(str(node.target)), fx.GraphModule):
+            problem = _metadata_problem(node, mode)
         if problem:
             where = source_line(node)
             raise VerifyError(f"{node.format_node()} {problem}" + (f" ({where})" if where else ""))
@@ -120,10 +122,10 @@ def _node_problem(node: fx.Node, program: Program) -> str | None:
 
 
 def _metadata_problem(node: fx.Node, mode: Any) -> str | None:
-    if node.op == "output" or isinstance(node.meta.get("val"), fx.GraphModule):
+    if node.op == "output":
         return None
     if "val" not in node.meta:
-        return None if node.op == "get_attr" and not node.meta else "has no metadata"
+        return "has no metadata"
     if node.op != "call_function" or not _inferable(node):
         return None
     stored, fresh = node.meta["val"], infer(node, mode)

@@ -62,6 +62,7 @@ class _Sweep:
         self.low = low
         self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self.made: set[fx.Node] = set()
+        self.captured = {node: _dtype(node) for node in rewriter.nodes()}
 
     def run(self) -> None:
         for node in self.rewriter.nodes():
@@ -69,8 +70,17 @@ class _Sweep:
                 self._restore_outputs(node)
             elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
                 self._visit(node)
+            elif node.op == "call_function" and any(_is_body(n) for n in node.all_input_nodes):
+                self._restore_inputs(node)
             elif node.op == "call_function":
                 self._refresh(node)
+
+    def _restore_inputs(self, node: fx.Node) -> None:
+        """A higher-order op (torch.cond): its bodies were captured for the dtypes that its operands had."""
+        for value in node.all_input_nodes:
+            was = self.captured.get(value)
+            if was is not None and _dtype(value) != was:
+                node.replace_input_with(value, self._cast(value, was, node))
 
     def _visit(self, node: fx.Node) -> None:
         if ops.kind(node) == "cast":
@@ -118,8 +128,7 @@ class _Sweep:
 
     def _refresh(self, node: fx.Node) -> None:
         """Fresh metadata after an input changed its dtype."""
-        if all(isinstance(n.meta.get("val"), torch.fx.GraphModule) is False for n in node.all_input_nodes):
-            node.meta["val"] = infer(node, self.rewriter._mode)
+        node.meta["val"] = infer(node, self.rewriter._mode)
 
     def _restore_outputs(self, node: fx.Node) -> None:
         """Every output in the dtype that the signature promises."""
@@ -133,6 +142,11 @@ class _Sweep:
             if isinstance(value, fx.Node) and dtype is not None and _dtype(value) != dtype:
                 results[i] = self._cast(value, dtype, node)
         node.args = (tuple(results),)
+
+
+def _is_body(node: fx.Node) -> bool:
+    """Whether *node* stands for a subgraph, which has no value of its own."""
+    return node.op == "get_attr" and node.meta.get("val") is None
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
