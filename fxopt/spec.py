@@ -93,10 +93,22 @@ def _format_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (tuple, list)):
         return f"[{','.join(_format_value(v) for v in value)}]"
-    if isinstance(value, str) and (not _WORD.fullmatch(value) or value in ("true", "false", "none", "inf", "nan")):
+    if isinstance(value, str) and (not _WORD.fullmatch(value) or _plain(value) is not value):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"'{escaped}'"
     return repr(value) if isinstance(value, float) else str(value)
+
+
+def _plain(text: str) -> Any:
+    """What an unquoted word stands for: true, false, none, a number ("inf" is one), or itself."""
+    if text in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text]
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
 
 
 class _Parser:
@@ -134,7 +146,12 @@ class _Parser:
 
     def one(self) -> Pass:
         cls = self.find(self.take("word"))
-        return build(cls, dict(self.series(self.option, "{", "}")) if self.peek()[0] == "{" else {})
+        options: dict[str, Any] = {}
+        for key, value in self.series(self.option, "{", "}") if self.peek()[0] == "{" else []:
+            if key in options:
+                self.fail(f"{cls.name} has the option {key!r} twice")
+            options[key] = value
+        return build(cls, options)
 
     def option(self) -> tuple[str, Any]:
         key = self.take("word")
@@ -148,14 +165,7 @@ class _Parser:
         if kind == "quoted":
             return self.take("quoted")
         self.take("word")
-        if text in ("true", "false", "none"):
-            return {"true": True, "false": False, "none": None}[text]
-        for convert in (int, float):
-            try:
-                return convert(text)
-            except ValueError:
-                continue
-        return text
+        return _plain(text)
 
     def series(self, item: Callable[[], Any], opening: str, closing: str) -> list[Any]:
         self.take(opening)
