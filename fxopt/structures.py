@@ -15,11 +15,21 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxopt.errors import InputError
 
-def register(value: Any) -> None:
-    """Register every type within *value* that pytree does not know and that holds tensors."""
+
+def register(value: Any, within: tuple[Any, ...] = ()) -> None:
+    """Register every type within *value* that pytree does not know and that holds tensors.
+
+    Raises:
+        InputError: an object with tensors refers back to itself: it cannot be taken apart.
+    """
+    if any(value is outer for outer in within):
+        if not _holds_tensor(value):
+            return
+        raise InputError(f"a {type(value).__name__} among the inputs or outputs refers back to itself")
     for child in _children(value):
-        register(child)
+        register(child, (*within, value))
     kind = type(value)
     if (
         kind in pytree.SUPPORTED_NODES
