@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import torch
 
+from fxopt import ops
 from fxopt.passbase import Pass, PassContext
 from fxopt.pattern import Any, Match, Number, Op, Pattern, Rule, apply
 from fxopt.rewriter import Rewriter
@@ -55,6 +56,7 @@ _TANH = (
     Op("tanh", _mul(_mul(_X, _K), _add(_mul(_mul(_X, _C), _X), Number(1.0)))),  # k·x·(1 + c·x²)
 )
 _SHIFTED = Op("relu6", _add(_X, Number(3.0))), Op("hardtanh clamp", _add(_X, Number(3.0)), Number(0.0), Number(6.0))
+_OPTIONS = {"alpha": 1, "rounding_mode": None, "beta": 1, "threshold": 20}  # of add, div, softplus
 _SIXTH = Number(1.0 / 6.0)
 
 
@@ -67,7 +69,12 @@ class _Spelling(Rule):
     kwargs: tuple[tuple[str, Value], ...] = ()
 
     def guard(self, match: Match, rewriter: Rewriter) -> str | None:
-        """The op must give the dtype and shape that the arithmetic gives."""
+        """The op must give the dtype and shape that the arithmetic gives, and no step of that has options of its own."""
+        for node in (match.root, *match.inner):
+            a = ops.arguments(node)
+            changed = [key for key, default in _OPTIONS.items() if a.get(key, default) != default]
+            if changed:
+                return f"{node.name} has another {changed[0]} than the activation"
         x, y = match["x"].meta["val"], match.root.meta["val"]
         return None if x.dtype == y.dtype and x.shape == y.shape else "the arithmetic changes dtype or shape"
 
