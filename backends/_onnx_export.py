@@ -1,0 +1,179 @@
+"""From a program to an ONNX file on disk.
+
+    program ──prepare──▶ plain ATen ──torch.onnx──▶ ONNX graph ──clean up, name──▶ file
+
+The stages are those of ``torch.onnx.export(dynamo=True)``, without its second capture, its re-tracing and the
+rewrites that our own passes have done already. Weights go from the program's tensors straight into a file beside the
+graph and are mapped into memory from there: no second copy of them is ever held, and no model is too big.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from fxopt import ops
+from fxopt.backends import _onnx_graph as onnx_graph
+from fxopt.backends._onnx_file import EMBEDDED, Interface, OnnxFile
+from fxopt.errors import SpecError, UnsupportedOp
+from fxopt.program import Program
+from fxopt.signature import Leaf
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+DEFAULT_OPSET = 20
+OPSETS = (18, 23)  # what torch's translations are written for
+_export_lock = threading.Lock()  # the exporter keeps its current tracer in a global
+
+
+def export(program: Program, opset: int | None = None) -> OnnxFile:
+    """*program* as an ONNX file. Its graph is rewritten, and weights that are in the file leave its constants.
+
+    Args:
+        program: owned by this call.
+        opset: version of the ONNX operators; None for 20.
+
+    Raises:
+        UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
+        SpecError: no such opset.
+    """
+    opset = DEFAULT_OPSET if opset is None else opset
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise SpecError(f"opset must be from {OPSETS[0]} to {OPSETS[1]}, not {opset}")
+    _refuse(program)
+    with _export_lock, _quiet(), torch.no_grad():
+        registry = onnx_graph.registry_for(opset)
+        onnx_graph.prepare(program, registry)
+        interface = _interface(program)
+        model, origins = _translate(program, registry)
+        _clean(model, opset)
+        _name(model, program)
+        file = OnnxFile(model, interface, origins)
+        weights = {name: value.const_value for name, value in model.graph.initializers.items()}
+    for name, weight in weights.items():
+        if weight is not None and weight.nbytes >= EMBEDDED:
+            program.constants.pop(name, None)
+    return file
+
+
+def _refuse(program: Program) -> None:
+    """What no ONNX session can do, whatever the ops."""
+    signature = program.signature
+    for back in signature.writebacks:
+        what = f"buffer {back.constant!r}" if back.constant else f"input {signature.inputs[back.input or 0].name!r}"
+        raise UnsupportedOp(f"the model changes its {what}, and an ONNX session keeps no state: use backend='torch'")
+    for leaf in (*signature.inputs, *signature.outputs):
+        if leaf.dtype is not None and leaf.dtype.is_complex:
+            raise UnsupportedOp(f"{leaf.name!r} is complex, and ONNX inputs and outputs are not")
+    for node in program.graph.nodes:
+        if ops.is_random(node):
+            raise UnsupportedOp(f"{onnx_graph.located(node)} draws random numbers, which torch.manual_seed must govern")
+    if not any(isinstance(result, fx.Node) for result in program.output.args[0]):  # type: ignore[union-attr]
+        raise UnsupportedOp("the model returns no tensor, so there is nothing for an ONNX session to compute")
+
+
+def _interface(program: Program) -> Interface:
+    signature = program.signature
+    results: Sequence[Any] = program.output.args[0]  # type: ignore[assignment]
+    positions, computed = list[int | None](), 0
+    for result in results:
+        positions.append(computed if isinstance(result, fx.Node) else None)
+        computed += isinstance(result, fx.Node)
+    return Interface(
+        tuple((i, leaf.name) for i, leaf in enumerate(signature.inputs) if leaf.is_tensor),
+        tuple(positions),
+        tuple(None if isinstance(result, fx.Node) else result for result in results),
+        frozenset(i for i, r in enumerate(results) if isinstance(r, fx.Node) and not signature.outputs[i].is_tensor),
+    )
+
+
+def _translate(program: Program, registry: Any) -> tuple[onnx_ir.Model, dict[str, str]]:
+    """ONNX graph, and for each of its nodes the op of the program that it came from."""
+    from torch.onnx._internal.exporter import _core, _fx_passes
+
+    exported = onnx_graph.exported_program(program)
+    try:
+        _fx_passes.insert_type_promotion_nodes(exported.graph_module)
+        model = _core._exported_program_to_onnx_program(exported, registry=registry).model
+    except Exception as error:
+        failed = [n for n in exported.graph.nodes if n.op == "call_function" and n.format_node() in str(error)]
+        where = onnx_graph.located(failed[0]) if failed else "this graph"
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UnsupportedOp(f"ONNX cannot express {where}: {reason}") from error
+    origins = {str(n.name): onnx_graph.located(n.meta["node"]) for n in model.graph.all_nodes() if "node" in n.meta}
+    return model, origins
+
+
+def _clean(model: onnx_ir.Model, opset: int) -> None:
+    """Inline the exporter's helper functions, fold the shape arithmetic it leaves behind, drop what is unused."""
+    from onnx_ir.passes import common
+    from onnxscript import version_converter
+    from onnxscript.optimizer import _constant_folding as folding
+
+    if opset != OPSETS[0]:
+        version_converter.convert_version(model, opset, fallback=True)
+    for step in (
+        common.InlinePass(),
+        folding.FoldConstantsPass(shape_inference=False, input_size_limit=8192, output_size_limit=262_144),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+    ):
+        step(model)
+
+
+def _name(model: onnx_ir.Model, program: Program) -> None:
+    """Names of the user for inputs, outputs and dynamic sizes; no traces of this machine in the file."""
+    from onnx_ir.passes import common
+    from torch.onnx._internal.exporter import _ir_passes
+
+    signature = program.signature
+    inputs = [leaf for leaf in signature.inputs if leaf.is_tensor]
+    results: Sequence[Any] = program.output.args[0]  # type: ignore[assignment]
+    outputs = [leaf for leaf, r in zip(signature.outputs, results, strict=True) if isinstance(r, fx.Node)]
+    for values, leaves in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, leaf in zip(values, leaves, strict=True):
+            value.name = leaf.name
+    common.NameFixPass()(model)
+    _ir_passes.rename_axis(model, dict(_size_names(inputs)))
+    for thing in (model, model.graph, *model.graph.all_nodes(), *_ir_passes._all_values(model)):
+        thing.metadata_props.clear()
+    model.producer_name, model.producer_version = "fxopt", None
+
+
+def _size_names(inputs: Sequence[Leaf]) -> Iterator[tuple[str, str]]:
+    """A name for each dynamic size: of the first input that has it, and the dimension, as in ``tokens_dim_1``."""
+    seen = set[str]()
+    for leaf in inputs:
+        for axis, size in enumerate(leaf.shape or ()):
+            if not isinstance(size, int) and size.is_Symbol and str(size) not in seen:
+                seen.add(str(size))
+                yield str(size), f"{leaf.name}_dim_{axis}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's log lines and deprecation warnings: what matters of them is in our errors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

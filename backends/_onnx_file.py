@@ -1,0 +1,137 @@
+"""An exported ONNX model on disk, and how to call whatever runs it.
+
+folder/model.onnx   the graph and its smallest tensors
+folder/weights      everything else, mapped into memory by the engine: no second copy, and no limit of 2 GB
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxopt.errors import ArtifactError, UnsupportedOp
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+SINGLE_FILE_LIMIT = 2_000_000_000  # bytes; a protobuf message must stay below 2 GiB
+EMBEDDED = 1024  # bytes; smaller tensors stay in the graph, where shape inference can read them
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """How the flat inputs and outputs of a program map to those of its ONNX graph.
+
+    Attributes:
+        inputs: (position among the flat inputs, name in the graph) of each tensor input.
+        outputs: for each flat output, its position among the graph's outputs, or None for a constant.
+        constants: for each flat output the value of a constant one, else None.
+        scalars: positions of flat outputs that are Python numbers.
+    """
+
+    inputs: tuple[tuple[int, str], ...]
+    outputs: tuple[int | None, ...]
+    constants: tuple[Any, ...]
+    scalars: frozenset[int]
+
+    def feed(self, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The graph's inputs by name, as plain contiguous tensors."""
+        return {name: inputs[i].detach().contiguous() for i, name in self.inputs}
+
+    def collect(self, results: Sequence[torch.Tensor]) -> list[Any]:
+        """The flat outputs from the graph's."""
+        flat = [c if at is None else results[at] for at, c in zip(self.outputs, self.constants, strict=True)]
+        for i in self.scalars:
+            flat[i] = flat[i].item()
+        return flat
+
+
+class OnnxFile:
+    """An exported model on disk, in a folder of its own that goes when this object does.
+
+    Attributes:
+        path: the graph; its weights lie beside it.
+        interface: how to call it.
+        origins: "op at file:line" of the user's code for each ONNX node name.
+    """
+
+    def __init__(self, model: onnx_ir.Model, interface: Interface, origins: Mapping[str, str]) -> None:
+        """Write *model*.
+
+        Raises:
+            UnsupportedOp: onnx.checker refuses it.
+        """
+        import onnx
+        import onnx_ir
+
+        self._folder = tempfile.TemporaryDirectory(prefix="fxopt-")
+        self.path = Path(self._folder.name) / "model.onnx"
+        self.interface = interface
+        self.origins = origins
+        onnx_ir.save(model, self.path, external_data="weights", size_threshold_bytes=EMBEDDED)
+        try:
+            onnx.checker.check_model(str(self.path), full_check=True)
+        except Exception as error:
+            raise UnsupportedOp(f"the exported ONNX graph is not valid: {self.explain(error)}") from error
+
+    def nbytes(self) -> int:
+        """Bytes of graph and weights."""
+        return sum(file.stat().st_size for file in self.path.parent.iterdir())
+
+    def constant(self, name: str) -> torch.Tensor:
+        """The weight that the program called *name*.
+
+        Raises:
+            KeyError: the file holds no such weight.
+        """
+        import onnx_ir
+
+        value = onnx_ir.load(self.path).graph.initializers[name].const_value
+        assert value is not None
+        flat = torch.frombuffer(bytearray(value.tobytes()), dtype=_torch_dtype(value.dtype))
+        return flat.reshape(value.shape.numpy())
+
+    def save(self, path: Path) -> None:
+        """Write the model to *path*: one file, or above 2 GB *path* and ``path.data`` beside it. All or nothing.
+
+        Raises:
+            ArtifactError: not an .onnx path, or it cannot be written.
+        """
+        if path.suffix != ".onnx":
+            raise ArtifactError(f"the ONNX backends write .onnx files, not {path.suffix or path.name!r}")
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
+                _copy(self.path, Path(staging) / path.name, single=self.nbytes() <= SINGLE_FILE_LIMIT)
+                for file in sorted(Path(staging).iterdir(), reverse=True):  # the weights first
+                    file.replace(path.parent / file.name)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: {error}") from error
+
+    def explain(self, error: Exception) -> str:
+        """The first line of an engine's *error*, and the user's ops that the ONNX nodes in it stand for."""
+        text = str(error).strip()
+        line = text.splitlines()[0] if text else type(error).__name__
+        names = [name for name in self.origins if f"'{name}'" in text or f"({name})" in text or f'"{name}"' in text]
+        return line + "".join(f" [{self.origins[name]}]" for name in names)
+
+
+def _copy(source: Path, target: Path, *, single: bool) -> None:
+    if single:
+        import onnx
+
+        onnx.save(onnx.load(source), target)
+    else:
+        import onnx_ir
+
+        onnx_ir.save(onnx_ir.load(source), target, external_data=f"{target.name}.data", size_threshold_bytes=EMBEDDED)
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype:
+    from torch.onnx._internal.exporter import _core
+
+    return next(ours for ours, theirs in _core._TORCH_DTYPE_TO_ONNX.items() if theirs == dtype)

@@ -1,0 +1,220 @@
+"""The graph as torch's ONNX exporter wants it: plain ATen, nothing in it that has no ONNX translation.
+
+    fxopt.conv2d(x, w, b, r, ..., "relu")   →   relu(conv2d(x, w, b, ...) + r)       engines fuse it their own way
+    batch_norm(x, ...)                      →   _native_batch_norm_legit_no_training(x, ...)[0]
+    an op without an ONNX translation       →   the ops it is made of
+    a check (_assert_tensor_metadata, ...)  →   nothing
+
+``torch.onnx.export`` re-traces the whole model for this. Here only the nodes that need it are touched, which takes a
+fraction of the time and leaves every other node with its name and its source line.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    SymIntArgument,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from fxopt import ops
+from fxopt.errors import UnsupportedOp
+from fxopt.program import Program, source_line
+from fxopt.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+aten = torch.ops.aten
+_SHOWN = 5  # so many unsupported nodes are listed in an error
+
+
+def located(node: fx.Node) -> str:
+    """``aten.fft_fft.default at model.py:12``, for error messages."""
+    where = source_line(node)
+    return f"{node.target}" + (f" at {where}" if where else "")
+
+
+def prepare(program: Program, registry: ONNXRegistry) -> None:
+    """Rewrite *program* in place, bodies of higher-order ops included, into ops that *registry* translates.
+
+    Raises:
+        UnsupportedOp: naming each op that has no translation, with its source line.
+    """
+    refused = list[fx.Node]()
+    for name, body in program.constants.items():
+        if isinstance(body, fx.GraphModule):
+            own = copy.deepcopy(body)
+            for module in own.modules():
+                if isinstance(module, fx.GraphModule):
+                    refused += _prepare(Program(module.graph, {}, program.signature), registry)
+                    module.recompile()
+            program.constants[name] = own
+    refused += _prepare(program, registry)
+    if refused:
+        lines = list(dict.fromkeys(located(node) for node in refused))
+        more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise UnsupportedOp(f"ONNX has no translation for {', '.join(lines[:_SHOWN])}{more}")
+
+
+def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
+    """Rewrite one graph; returns the nodes that have no translation."""
+    rewriter = Rewriter(program)
+    for node in rewriter.nodes():
+        if ops.kind(node) == "assert":
+            program.graph.erase_node(node)
+        elif ops.is_fused(node):
+            rewriter.replace(node, _unfused(rewriter, node))
+        elif node.target is aten.batch_norm.default and not ops.arguments(node)["training"]:
+            rewriter.replace(node, _inference_norm(rewriter, node))
+        elif isinstance(node.target, torch._ops.OpOverload) and not registry.is_registered(node.target):
+            _decompose(rewriter, node, _decompositions(registry))
+    program.remove_dead()
+    return [node for node in program.graph.nodes if not _is_translated(node, registry)]
+
+
+def _unfused(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """The plain ops that the fused op *node* stands for."""
+    a = ops.arguments(node)
+    plain = getattr(aten, ops.packet(node)).default
+    window = [a[key] for key in ("stride", "padding", "dilation", "groups") if key in a]
+    y = rewriter.call(plain, (a["x"], a["weight"], a["bias"], *window), before=node)
+    if a["residual"] is not None:
+        y = rewriter.call(aten.add.Tensor, (y, a["residual"]), before=node)
+    if a["activation"] == "none":
+        return y
+    compute = ops.ACTIVATIONS[a["activation"]]
+    options: dict[str, Any] = {}
+    if isinstance(compute, functools.partial):
+        compute, options = compute.func, dict(compute.keywords)
+    return rewriter.call(compute, (y, *a["activation_args"]), options, before=node)
+
+
+def _inference_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    a = ops.arguments(node)
+    keys = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+    target = aten._native_batch_norm_legit_no_training.default
+    whole = rewriter.call(target, [a[key] for key in keys], before=node)
+    return rewriter.call(operator.getitem, (whole, 0), before=node)
+
+
+def _decompose(rewriter: Rewriter, node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
+    """Put the ops that *node* is made of in its place; one that has no decomposition stays as it is."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    flat, tree = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = [x for x in flat if isinstance(x, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        feed = iter(values)
+        args, kwargs = pytree.tree_unflatten([next(feed) if isinstance(x, fx.Node) else x for x in flat], tree)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    try:
+        with torch.no_grad():
+            body = make_fx(call, decomposition_table=dict(table))(*[x.meta["val"] for x in inputs])
+    except Exception:  # noqa: BLE001 - whatever it is, the node is reported as unsupported with its source line
+        return
+    if any(n.op == "call_function" and n.target is node.target for n in body.graph.nodes):
+        return
+    values: dict[fx.Node, fx.Node] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for inner in body.graph.nodes:
+        if inner.op == "get_attr":
+            values[inner] = rewriter.constant(f"{node.name}_{inner.target}", getattr(body, str(inner.target)))
+        elif inner.op == "call_function":
+            args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), values.__getitem__)
+            values[inner] = rewriter.call(inner.target, args, kwargs, before=node)
+    _substitute(rewriter, node, fx.node.map_arg(body.graph.output_node().args[0], values.__getitem__))
+
+
+def _substitute(rewriter: Rewriter, node: fx.Node, result: Any) -> None:
+    """Let users of *node* read *result*: a node, or one for each of its outputs."""
+    if isinstance(result, fx.Node):
+        rewriter.replace(node, result)
+        return
+    for item in list(node.users):
+        rewriter.replace(item, result[item.args[1]])
+    rewriter.erase(node)
+
+
+def _is_translated(node: fx.Node, registry: ONNXRegistry) -> bool:
+    from torch.onnx._internal.exporter._dispatching import dispatch
+
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    return dispatch(node, registry)[0] is not None
+
+
+@functools.lru_cache(maxsize=2)
+def registry_for(opset: int) -> ONNXRegistry:
+    """The exporter's table of translations. Building it takes half a second, once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry.from_torchlib(opset_version=opset)
+
+
+@functools.lru_cache(maxsize=2)
+def _decompositions(registry: ONNXRegistry) -> Mapping[Any, Callable[..., Any]]:
+    from torch.onnx._internal.exporter import _decomp
+
+    translated = set(_decomp.get_onnx_implemented_overloads(registry))
+    return _decomp.create_onnx_friendly_decomposition_table(translated)
+
+
+def exported_program(program: Program) -> ExportedProgram:
+    """*program* as the ExportedProgram that the exporter reads: weights are placeholders, outputs nodes only.
+
+    Each placeholder of a weight has the name of its constant as target. Outputs that are no tensors are left out,
+    unless they are sizes.
+    """
+    from torch._export.verifier import TrainingIRVerifier, Verifier
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    graph, values, inputs = fx.Graph(), dict[fx.Node, fx.Node](), list[InputSpec]()
+    for node in program.graph.find_nodes(op="get_attr"):
+        if isinstance(program.constants[str(node.target)], torch.Tensor):
+            values[node] = graph.placeholder("constant")
+            values[node].meta = dict(node.meta)
+            inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(values[node].name), str(node.target), True))
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.node_copy(node)
+            inputs.append(InputSpec(InputKind.USER_INPUT, _input(values[node]), None))
+        elif node.op != "output" and node not in values:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    results = [values[r] for r in program.output.args[0] if isinstance(r, fx.Node)]  # type: ignore[union-attr]
+    graph.output(tuple(results))
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, _output(node), None) for node in results]
+    bodies = {name: value for name, value in program.constants.items() if not isinstance(value, torch.Tensor)}
+    tree = pytree.tree_structure((tuple(program.placeholders), {}))
+    call = ModuleCallEntry("", ModuleCallSignature([], [], tree, pytree.tree_structure(tuple(results))))
+    ranges = {symbol: ValueRanges(*ends) for symbol, ends in program.signature.ranges.items()}
+    signature = ExportGraphSignature(inputs, outputs)
+    checks: list[type[Verifier]] = [TrainingIRVerifier]  # pre-dispatch ops are right here
+    return ExportedProgram(bodies, graph, signature, program.tensors(), ranges, [call], verifiers=checks)
+
+
+def _input(node: fx.Node) -> TensorArgument | ConstantArgument:
+    value = node.meta.get("val")
+    return TensorArgument(node.name) if isinstance(value, torch.Tensor) else ConstantArgument(node.name, value)
+
+
+def _output(node: fx.Node) -> TensorArgument | SymIntArgument:
+    tensor = isinstance(node.meta.get("val"), torch.Tensor)
+    return TensorArgument(node.name) if tensor else SymIntArgument(node.name)

@@ -1,0 +1,148 @@
+"""ONNX as the product, onnxruntime as the engine.
+
+    program ──export──▶ ONNX file ──InferenceSession──▶ OnnxExecutable        .save("model.onnx") writes the file
+
+Tensors go in and come out without a copy. For a machine that this one is not, the file is all there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from fxopt.backend import Backend, Executable
+from fxopt.backends._onnx_export import export
+from fxopt.backends._onnx_file import OnnxFile
+from fxopt.errors import BackendUnavailable, FxoptError, SpecError, UnsupportedOp
+from fxopt.program import Program
+from fxopt.target import Target
+
+_PROVIDER = "CPUExecutionProvider"
+
+
+class OnnxExecutable(Executable):
+    """A session of onnxruntime over an exported file. Calls may run side by side."""
+
+    def __init__(self, file: OnnxFile, session: Any, target: Target) -> None:
+        """*session* is None where the target cannot run here."""
+        self._file = file
+        self._session = session
+        self._target = target
+        self._names = [output.name for output in session.get_outputs()] if session is not None else []
+        kinds = [*session.get_inputs(), *session.get_outputs()] if session is not None else []
+        self._plain = not any(kind.type in ("tensor(bfloat16)",) or "float8" in kind.type for kind in kinds)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Flat outputs for flat inputs.
+
+        Raises:
+            BackendUnavailable: compiled for a machine that this one is not.
+            FxoptError: onnxruntime failed; the message names the user's op where it is known.
+        """
+        if self._session is None:
+            raise BackendUnavailable(
+                f"this model was compiled for target {self._target.name!r}, which onnxruntime cannot run here: "
+                "save it with .save('model.onnx') and run that file there"
+            )
+        feed = self._file.interface.feed(inputs)
+        try:
+            results = self._run(feed) if self._plain else self._run_values(feed)
+        except Exception as error:
+            raise FxoptError(f"onnxruntime failed: {self._file.explain(error)}") from error
+        return self._file.interface.collect(results)
+
+    def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        outputs = self._session.run(self._names, {name: x.numpy() for name, x in feed.items()})
+        return [torch.from_numpy(y) for y in outputs]
+
+    def _run_values(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The way for dtypes that numpy does not know (bfloat16, float8)."""
+        values = {name: _ort_value(x) for name, x in feed.items()}
+        outputs = self._session.run_with_ort_values(self._names, values)
+        return [_from_ort_value(y) for y in outputs]
+
+    def save(self, path: Path) -> None:
+        """Write an .onnx file; above 2 GB the weights go to ``path.data`` beside it.
+
+        Raises:
+            ArtifactError: another suffix, or the file cannot be written.
+        """
+        self._file.save(path)
+
+    def constant(self, name: str) -> torch.Tensor:
+        """The weight *name*, read from the file.
+
+        Raises:
+            KeyError: the file holds no such weight.
+        """
+        return self._file.constant(name)
+
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes()
+
+
+def _ort_value(x: torch.Tensor) -> Any:
+    import onnxruntime
+    from torch.onnx._internal.exporter._core import torch_dtype_to_onnx_dtype
+
+    if x.dtype is not torch.bfloat16 and "float8" not in str(x.dtype):
+        return onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy())
+    bits = x.view(torch.uint16 if x.element_size() == 2 else torch.uint8).numpy()
+    kind = torch_dtype_to_onnx_dtype(x.dtype)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(kind))
+
+
+def _from_ort_value(y: Any) -> torch.Tensor:
+    if y.data_type() == "tensor(bfloat16)" or "float8" in y.data_type():
+        result: torch.Tensor = from_dlpack(y._get_c_value())
+        return result
+    return torch.from_numpy(y.numpy())
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxBackend(Backend):
+    """Exports to ONNX and runs the file with onnxruntime on the CPU.
+
+    Attributes:
+        threads: threads for one call; None for as many as torch uses.
+        opset: version of the ONNX operators, 18 to 23; None for 20.
+    """
+
+    name: ClassVar[str] = "onnx"
+    requires: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+    install: ClassVar[str] = "onnx onnxscript onnxruntime"
+    threads: int | None = None
+    opset: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise SpecError(f"threads must be at least 1, not {self.threads}")
+
+    def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
+        """The program as a session over an ONNX file; weights move from the program into the file.
+
+        Raises:
+            UnsupportedOp: an op has no ONNX translation or onnxruntime no kernel for it, or the model keeps state.
+            BackendUnavailable: onnxruntime is not installed.
+        """
+        self.require()
+        file = export(program, self.opset)
+        runs_here = target.runs_here and target.name != "cuda"
+        return OnnxExecutable(file, self._session(file) if runs_here else None, target)
+
+    def _session(self, file: OnnxFile) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads or torch.get_num_threads()
+        options.log_severity_level = 4  # what fails is raised
+        try:
+            return onnxruntime.InferenceSession(str(file.path), options, providers=[_PROVIDER])
+        except Exception as error:
+            raise UnsupportedOp(f"onnxruntime cannot run this model: {file.explain(error)}") from error
