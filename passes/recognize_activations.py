@@ -69,7 +69,7 @@ class _Spelling(Rule):
     kwargs: tuple[tuple[str, Value], ...] = ()
 
     def guard(self, match: Match, rewriter: Rewriter) -> str | None:
-        """The op must give the dtype and shape that the arithmetic gives, and no step of that has options of its own."""
+        """The op must give the dtype and shape of the arithmetic, and no step has options of its own."""
         for node in (match.root, *match.inner):
             a = ops.arguments(node)
             changed = [key for key, default in _OPTIONS.items() if a.get(key, default) != default]
