@@ -58,6 +58,15 @@ class Variant:
             self._write_back(inputs, outputs[split:])
         return signature.unflatten(results)
 
+    def whole_program(self) -> Program:
+        """The final program with all its constants, those that the engine keeps in another form included."""
+        program = self.program.copy()
+        for node in program.graph.find_nodes(op="get_attr"):
+            name = str(node.target)
+            if name not in program.constants:
+                program.constants[name] = self.executable.constant(name)
+        return program
+
     def _write_back(self, inputs: list[Any], values: list[Any]) -> None:
         with torch.no_grad():
             for back, value in zip(self.program.signature.writebacks, list(values), strict=True):
@@ -130,12 +139,7 @@ class CompiledModel:
     def graph(self) -> fx.GraphModule:
         """The final graph as an fx.GraphModule: flat input leaves in, flat tuple of outputs out."""
         variant = self._current("graph")
-        program = variant.program.copy()
-        for node in program.graph.find_nodes(op="get_attr"):
-            name = str(node.target)
-            if name not in program.constants:
-                program.constants[name] = variant.executable.constant(name)
-        return program.to_module()
+        return variant.whole_program().to_module()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compiled model in the format that the suffix names, e.g. ``model.onnx``.
