@@ -112,7 +112,8 @@ class _FoldRule(Rule):
         weight = ops.arguments(producer)["weight"]
         own = self.key(producer, norm)
         for user in weight.users:
-            other = self.norm_of(user)
+            foldable = ops.kind(user) in ("conv", "conv_transpose", "linear") and not ops.is_fused(user)
+            other = self.norm_of(user) if foldable else None
             if user is not producer and (other is None or self.key(user, other) != own):
                 return f"weight shared with {user.name}"
         return None
