@@ -182,7 +182,7 @@ def _matmul_to_linear(node: fx.Node, rewriter: Rewriter) -> bool:
     weight = rewriter.tensor(matrix)
     if weight is None or weight.dim() != 2 or rewriter.tensor(x) is not None or x.meta["val"].dim() < 2:
         return False
-    if bias is not None and (rewriter.tensor(bias) is None or bias.meta["val"].dim() != 1):
+    if bias is not None and (rewriter.tensor(bias) is None or bias.meta["val"].shape != weight.shape[1:]):
         return False
     transposed = rewriter.constant(f"{matrix.target}.t", weight.t())
     rewriter.replace(node, rewriter.call(aten.linear.default, (x, transposed, bias), before=node))
