@@ -1,8 +1,8 @@
 """Keeps a program right when its 4-D values come in channels_last although its ops were captured for contiguous ones.
 
-    view(x, s)          →  reshape(x, s)            a view of a channels_last tensor may need a copy
-    as_strided(x, ...)  →  as_strided(contiguous(x), ...)   whatever reads strides or raw memory gets what it expects
-    return y            →  return contiguous(y)     the caller sees the strides that eager gives
+view(x, s)          →  reshape(x, s)            a view of a channels_last tensor may need a copy
+as_strided(x, ...)  →  as_strided(contiguous(x), ...)   whatever reads strides or raw memory gets what it expects
+return y            →  return contiguous(y)     the caller sees the strides that eager gives
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _laid_out(value: fx.Node, user: fx.Node) -> fx.Node:
         return value
     if layout is not None and fake.is_contiguous(memory_format=layout):
         return call(aten.contiguous.default, value, memory_format=layout)
-    order = sorted(range(fake.dim()), key=lambda d: -fake.stride(d))
+    order = sorted(range(fake.dim()), key=fake.stride().__getitem__, reverse=True)
     if not fake.permute(order).is_contiguous():
         return value
     back = [order.index(d) for d in range(fake.dim())]
@@ -89,7 +89,22 @@ def _settle_outputs(program: Program) -> None:
                 results[i].meta = dict(value.meta)
         elif value.op == "call_function":
             results[i] = _laid_out(value, output)
+            if results[i] is value:
+                _lay_out_base(value)
     output.args = (tuple(results),)
+
+
+def _lay_out_base(view: fx.Node) -> None:
+    """For a view with gaps, such as a slice: give what it is a view of the strides of capture."""
+    while ops.is_view(view):
+        base = view.args[0] if view.args else None
+        if not isinstance(base, fx.Node) or base.op != "call_function":
+            return
+        laid_out = _laid_out(base, view)
+        if laid_out is not base:
+            view.replace_input_with(base, laid_out)
+            return
+        view = base
 
 
 def _mutated(program: Program) -> set[fx.Node]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -27,11 +28,18 @@ aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 # bf16, ATen's own matrix product is slow enough that oneDNN pays earlier. Measured on Zen 4, two threads, one row.
 _SMALL_LINEAR = {torch.float32: 2**18, torch.bfloat16: 2**14}
 
+# Likewise for convolutions (a oneDNN call: 28 µs), where ATen has a loop of its own: fp32, one image, no groups.
+_SMALL_CONVOLUTION = 2**18
+
 _CHANNELS_LAST = {mkldnn._convolution_pointwise.default, mkldnn._convolution_pointwise.binary}
 
 
-def lower(program: Program) -> None:
-    """Rewrite every conv and linear of *program* that oneDNN can compute. Consumes the weights that it packs."""
+def lower(program: Program) -> dict[str, Callable[[], torch.Tensor]]:
+    """Rewrite every conv and linear of *program* that oneDNN can compute.
+
+    Returns:
+        For each weight that left the program for a packed one, what gets it back.
+    """
     packer = Packer(program)
     for node in list(program.graph.nodes):
         rule = _RULES.get(ops.kind(node))
@@ -39,22 +47,30 @@ def lower(program: Program) -> None:
         if rule is not None and fused is not None and packer.takes(fused):
             rule(packer, fused)
             packer.release(fused.weight)
+    return packer.originals
 
 
 def _convolution(packer: Packer, fused: Fused) -> None:
-    if len(fused.stride) == 1:
-        fused = _as_image(packer, fused)
     if _is_one_pixel(fused):
         _one_pixel(packer, fused)
         return
+    if _is_small(fused):
+        spatial = (fused.stride, fused.padding, fused.dilation)
+        y = packer.call(_CONVOLUTIONS[len(fused.stride)], (fused.x, fused.weight, fused.bias, *spatial), fused.node)
+        packer.finish(fused, y, add=fused.residual is not None, activate=True)
+        return
+    if len(fused.stride) == 1:
+        fused = _as_image(packer, fused)
     args = (fused.padding, fused.stride, fused.dilation, fused.groups)
     sizes = hints(fused.x)
 
     def pack(w: torch.Tensor) -> torch.Tensor:
-        return mkldnn._reorder_convolution_weight(w.unsqueeze(2) if w.dim() == 3 else w, *args, sizes)
+        packed: torch.Tensor = mkldnn._reorder_convolution_weight(w.unsqueeze(2) if w.dim() == 3 else w, *args, sizes)
+        return packed
 
     weight = packer.constant(fused.weight, ("packed", *args, sizes), pack)
-    if fused.residual is not None and _same(fused.residual, fused.node):
+    # With groups, oneDNN's op falls back to separate ATen calls (which fail for bf16): no better than ours.
+    if fused.residual is not None and fused.groups == 1 and _same(fused.residual, fused.node):
         _convolution_add(packer, fused, weight)
         return
     _unary(packer, fused, mkldnn._convolution_pointwise.default, (fused.x, weight, fused.bias, *args))
@@ -106,15 +122,26 @@ def _as_image(packer: Packer, fused: Fused) -> Fused:
     )
 
 
+_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
+
+def _is_small(fused: Fused) -> bool:
+    sizes, weight = hints(fused.node), fused.weight.meta["val"]
+    if sizes is None or sizes[0] != 1 or fused.groups != 1 or weight.dtype != torch.float32:
+        return False
+    return math.prod(sizes[2:]) * weight.numel() <= _SMALL_CONVOLUTION
+
+
 def _is_one_pixel(fused: Fused) -> bool:
     """Whether a 2-D convolution sees a single pixel through a 1 × 1 kernel, as in squeeze-and-excitation."""
     x, weight = fused.x.meta["val"], fused.weight.meta["val"]
-    whole = len(fused.stride) == 2 and weight.dim() == 4 and fused.groups == 1 and not any(fused.padding)
-    return whole and all(isinstance(s, int) and s == 1 for s in (*x.shape[2:], *weight.shape[2:]))
+    if len(fused.stride) != 2 or fused.groups != 1 or any(fused.padding):
+        return False
+    return all(isinstance(s, int) and s == 1 for s in (*x.shape[2:], *weight.shape[2:]))
 
 
 def _one_pixel(packer: Packer, fused: Fused) -> None:
-    """conv(x[N, C, 1, 1], w[O, C, 1, 1])   →   reshape(linear(reshape(x, [N, C]), w[O, C]), [N, O, 1, 1])"""
+    """conv(x[N, C, 1, 1], w[O, C, 1, 1])   →   reshape(linear(reshape(x, [N, C]), w[O, C]), [N, O, 1, 1])."""
 
     def flat(node: fx.Node) -> fx.Node:
         if node.target is aten.reshape.default and tuple(node.args[1])[2:] == (1, 1):  # type: ignore[arg-type]
@@ -167,6 +194,7 @@ def _transposed(packer: Packer, fused: Fused) -> None:
         fused.weight,
         ("transposed", *args, sizes),
         lambda w: mkldnn._reorder_convolution_transpose_weight(w, *args, sizes),
+        fused.groups,
     )
     _unary(packer, fused, mkldnn._convolution_transpose_pointwise.default, (fused.x, weight, fused.bias, *args))
 

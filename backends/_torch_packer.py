@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ _UNARY = {
     "tanh": ("tanh", 0, ""),
     "leaky_relu": ("leaky_relu", 1, ""),
 }
+
 
 @dataclasses.dataclass
 class Fused:
@@ -61,8 +63,8 @@ def read(node: fx.Node) -> Fused | None:
     a = ops.arguments(node)
     if ops.packet(node) not in _PACKETS:
         return None
-    spatial = {k: a[k] for k in ("stride", "padding", "dilation", "output_padding") if k in a}
-    x, weight = a.get("x", a.get("input")), a["weight"]
+    spatial: dict[str, Any] = {k: a[k] for k in ("stride", "padding", "dilation", "output_padding") if k in a}
+    x, weight = a["x" if "x" in a else "input"], a["weight"]
     dims = weight.meta["val"].dim() - 2
     for key, value in spatial.items():
         if isinstance(value, str) and value != "valid":
@@ -86,11 +88,16 @@ _PACKETS = {f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)} | {"l
 
 
 class Packer:
-    """Packs weights of one program, each once for each use that needs another form."""
+    """Packs weights of one program, each once for each use that needs another form.
+
+    Attributes:
+        originals: name of a weight that left the program → what gets it back from the packed one.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.graph = program.graph
+        self.originals: dict[str, Callable[[], torch.Tensor]] = {}
         self._packed: dict[tuple[Any, ...], fx.Node] = {}
         self._mutable = {w.constant for w in program.signature.writebacks}
         self._dtypes = {torch.float32}
@@ -116,14 +123,21 @@ class Packer:
         value = self.program.constants[str(node.target)]
         return value if isinstance(value, torch.Tensor) else None
 
-    def constant(self, weight: fx.Node, key: tuple[Any, ...], make: Callable[[torch.Tensor], torch.Tensor]) -> fx.Node:
-        """A node for ``make(weight)``, made once for each *key*."""
+    def constant(
+        self,
+        weight: fx.Node,
+        key: tuple[Any, ...],
+        make: Callable[[torch.Tensor], torch.Tensor],
+        groups: int | None = None,
+    ) -> fx.Node:
+        """A node for ``make(weight)``, made once for each *key*; *groups*: those of a transposed convolution."""
         key = (weight.target, *key)
         if key not in self._packed:
             value = self.tensor(weight)
             assert value is not None
             name = f"{weight.target}_{key[1]}_{len(self._packed)}"
-            self.program.constants[name] = make(value.detach())
+            self.program.constants[name] = made = make(value.detach())
+            self.originals[str(weight.target)] = functools.partial(_unpack, made, value.shape, groups)
             first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
             with self.graph.inserting_before(first):
                 self._packed[key] = self.graph.get_attr(name)
@@ -158,3 +172,11 @@ class Packer:
             y = self.call(getattr(function, "func", function), (y, *fused.activation_args), node, **kwargs)
         node.replace_all_uses_with(y)
         self.graph.erase_node(node)
+
+
+def _unpack(packed: torch.Tensor, shape: torch.Size, groups: int | None) -> torch.Tensor:
+    """The weight of *shape* behind a packed one. Of a transposed convolution, oneDNN keeps [out, in / groups, ...]."""
+    dense = packed.to_dense() if packed.is_mkldnn else packed
+    if groups is not None:
+        dense = dense.unflatten(0, (groups, -1)).transpose(1, 2)
+    return dense.reshape(shape)

@@ -8,14 +8,14 @@ Every step edits the graph, so the generated text (``TorchExecutable.source``) i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable
-from fxopt.backends import _torch_layout, _torch_memory, _torch_onednn
+from fxopt.backends import _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
 from fxopt.backends._torch_codegen import Code, generate
 from fxopt.errors import BackendUnavailable
 from fxopt.program import Program
@@ -29,11 +29,15 @@ class TorchExecutable(Executable):
         source: text of the function, for reading and debugging.
     """
 
-    def __init__(self, code: Code, constants: dict[str, Any], target: Target) -> None:
+    def __init__(
+        self, code: Code, constants: dict[str, Any], packed: dict[str, Callable[[], torch.Tensor]], target: Target
+    ) -> None:
+        """*packed*: for each constant that is kept in another form, what gets it back."""
         self.source = code.source
         self._code = code
         self._run = code.run
         self._constants = constants
+        self._packed = packed
         self._target = target
         self._runs_here = target.runs_here
 
@@ -62,11 +66,16 @@ class TorchExecutable(Executable):
             raise self._code.located(error) from error
 
     def constant(self, name: str) -> torch.Tensor:
-        """The live tensor behind a constant of the program; writing into it changes what the next call reads.
+        """The tensor behind a constant of the program.
+
+        For one that the model mutates it is the live tensor: what is copied into it, the next call reads. A weight
+        that is kept packed is unpacked for the occasion.
 
         Raises:
             KeyError: the program has no such constant any more.
         """
+        if name not in self._constants and name in self._packed:
+            return self._packed[name]()
         value = self._constants[name]
         assert isinstance(value, torch.Tensor)
         return value
@@ -106,12 +115,14 @@ class TorchBackend(Backend):
         # Tensors made under a caller's inference_mode would be unusable outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
             _drop_asserts(program)
+            packed: dict[str, Callable[[], torch.Tensor]] = {}
             if target.runs_here and target.arch == "x86_64" and torch.backends.mkldnn.is_available():
-                _torch_onednn.lower(program)
+                packed = _torch_onednn.lower(program)
+            _torch_peephole.rewrite(program)
             _torch_layout.settle(program)
             _torch_memory.reuse_memory(program)
             program.remove_dead()
-            return TorchExecutable(generate(program), program.constants, target)
+            return TorchExecutable(generate(program), program.constants, packed, target)
 
 
 def _drop_asserts(program: Program) -> None:
