@@ -1,0 +1,85 @@
+"""fold-constants: what depends on constants alone is computed once, within bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt import testing, verify
+from fxopt.passes.fold_constants import FoldConstants
+from tests.passes.models import Model
+
+
+def check(model: nn.Module, *inputs: Any, one: str | FoldConstants = "fold-constants") -> testing.Checked:
+    checked = testing.check_pass(one, model, inputs)
+    assert checked.difference.error <= 1e-6
+    return checked
+
+
+def test_a_chain_of_constants_is_one_constant() -> None:
+    model = Model(lambda m, x: x + (m.a * m.b).exp().sum(0), a=torch.randn(3, 4), b=torch.randn(4))
+    checked = check(model, torch.randn(4))
+    assert checked.ops() == ["aten.add"]
+    assert len(checked.program.constants) == 1
+
+
+def test_what_has_no_inputs_at_all_is_constant() -> None:
+    checked = check(Model(lambda m, x: x + torch.arange(4) * torch.ones(4)), torch.randn(4))
+    assert checked.ops() == ["aten.add"]
+
+
+def test_random_numbers_are_no_constants() -> None:
+    checked = testing.check_pass("fold-constants", Model(lambda m, x: x + torch.rand(4)), (torch.randn(4),))
+    assert "aten.rand" in checked.ops()
+
+
+def test_uninitialised_memory_is_no_constant() -> None:
+    model = Model(lambda m, x: torch.empty(4).fill_(2.0) + x)
+    assert torch.equal(verify.run(check(model, torch.zeros(4)).program, [torch.zeros(4)])[0], torch.full((4,), 2.0))
+
+
+def test_what_depends_on_an_input_stays() -> None:
+    assert check(Model(lambda m, x: x * m.a, a=torch.randn(4)), torch.randn(4)).record.edits == 0
+
+
+def test_a_result_over_the_limit_stays() -> None:
+    """A (64, 64) mask made from two vectors of 64: 16,384 bytes out of 512."""
+    model = Model(lambda m, x: x + (m.a[:, None] * m.a[None, :]), a=torch.randn(64))
+    tight = check(model, torch.randn(64, 64), one=FoldConstants(limit=1000))
+    assert "aten.mul" in tight.ops()
+    assert "16,384 bytes, over the limit" in tight.reasons()
+    assert check(model, torch.randn(64, 64), one=FoldConstants(limit=16_384)).ops() == ["aten.add"]
+
+
+def test_a_buffer_that_the_model_changes_is_no_constant() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        m.count.add_(1)
+        result: torch.Tensor = x * (m.count * m.fixed)
+        return result
+
+    checked = check(Model(forward, count=torch.zeros(()), fixed=torch.tensor(3.0)), torch.ones(2))
+    assert checked.record.edits == 0
+    assert checked.ops() == ["aten.add", "aten.mul", "aten.mul"]
+
+
+def test_a_constant_that_the_caller_gets_is_made_anew_in_each_call() -> None:
+    model = Model(lambda m, x: (x * 2, m.a * 2, (m.a * 3).view(-1)), a=torch.randn(2, 2))
+    checked = check(model, torch.ones(1))
+    assert checked.ops().count("aten.mul") == 3
+    assert "who may write to it" in checked.reasons()
+    first = [y.clone() for y in verify.run(checked.program, [torch.ones(1)])]
+    for y in verify.run(checked.program, [torch.ones(1)]):
+        y.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(first, verify.run(checked.program, [torch.ones(1)]), strict=True))
+
+
+def test_several_results_of_one_op_are_right() -> None:
+    model = Model(lambda m, x: x + torch.cat(m.a.split(2)[::-1]) + m.a.max(0).values, a=torch.randn(4))
+    check(model, torch.randn(4))
+
+
+def test_a_parametrized_weight_is_computed_once() -> None:
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    assert check(model, torch.randn(2, 4)).ops() == ["aten.linear"]
