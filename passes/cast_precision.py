@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxopt import ops
 from fxopt.passbase import Pass, PassContext
@@ -103,10 +104,22 @@ class _Sweep:
         outputs = _floats(node.meta["val"])
         if not inputs or any(d not in (_WIDE, self.low) for d in outputs):
             return _WIDE
+        if not self._fits(node, precision):
+            return _WIDE
         if precision == "low":
             return self.low
         low = [n for n in computed if _dtype(n) == self.low]
         return self.low if precision == "follow" and computed and len(low) == len(computed) else _WIDE
+
+    def _fits(self, node: fx.Node, precision: ops.Precision) -> bool:
+        """Whether every number and constant of *node* is in the range of the low dtype (a mask of -1e9 is not)."""
+        limit = torch.finfo(self.low).max
+        kinds = (int, float) if ops.is_pointwise(node) else (float,)  # elsewhere an int is an index or a size
+        numbers = [v for v in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(v, kinds)]
+        if any(limit < abs(v) < float("inf") for v in numbers):
+            return False
+        held = [self.rewriter.tensor(n) for n in node.all_input_nodes] if precision == "follow" else []
+        return all(torch.equal(t, _saturated(t, self.low)) for t in held if t is not None and t.is_floating_point())
 
     def _cast(self, value: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
         """*value* in *dtype*: a new constant for a constant, one cast op for all users of anything else."""
@@ -117,7 +130,7 @@ class _Sweep:
         if key not in self.casts:
             tensor = self.rewriter.tensor(value)
             if tensor is not None:
-                self.casts[key] = self.rewriter.constant(f"{value.target}", tensor.to(dtype))
+                self.casts[key] = self.rewriter.constant(f"{value.target}", _saturated(tensor, dtype).to(dtype))
             else:
                 place = value.next if value.op == "call_function" else self.rewriter.first_call()
                 self.casts[key] = self.rewriter.call(
@@ -142,6 +155,13 @@ class _Sweep:
             if isinstance(value, fx.Node) and dtype is not None and _dtype(value) != dtype:
                 results[i] = self._cast(value, dtype, node)
         node.args = (tuple(results),)
+
+
+def _saturated(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """*tensor* with finite values beyond the range of *dtype* at its ends; infinities stay."""
+    limit = torch.finfo(dtype).max
+    beyond = (tensor.abs() > limit) & tensor.isfinite()
+    return tensor.clamp(-limit, limit).where(beyond, tensor) if bool(beyond.any()) else tensor
 
 
 def _is_body(node: fx.Node) -> bool:
