@@ -1,0 +1,152 @@
+"""One short dump for each pattern of each pass, read as a diff in review.
+
+``FXOPT_GOLDEN=write pytest tests/passes/test_golden.py`` writes them anew.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fxopt import registry, testing
+from tests.passes.models import Model, chain
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+Case: TypeAlias = tuple[nn.Module, tuple[Any, ...]]
+
+
+def conv_bn_relu() -> Case:
+    return chain(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()), (torch.randn(1, 3, 8, 8),)
+
+
+def residual() -> Case:
+    model = Model(
+        lambda m, x: (m.bn2(m.conv2(m.bn1(m.conv1(x)).relu())) + x).relu(),
+        conv1=nn.Conv2d(4, 4, 3, padding=1),
+        bn1=nn.BatchNorm2d(4),
+        conv2=nn.Conv2d(4, 4, 3, padding=1),
+        bn2=nn.BatchNorm2d(4),
+    )
+    return model, (torch.randn(1, 4, 8, 8),)
+
+
+def bn_before_conv() -> Case:
+    return chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), (torch.randn(1, 4, 8, 8),)
+
+
+def bn_before_padded_conv() -> Case:
+    return chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)), (torch.randn(1, 4, 8, 8),)
+
+
+def mlp() -> Case:
+    return chain(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), (torch.randn(2, 4),)
+
+
+def no_ops() -> Case:
+    return Model(lambda m, x: (F.dropout(x.cos(), 0.5, False).clone() + 0).float().sin()), (torch.randn(2, 4),)
+
+
+def reshapes() -> Case:
+    return Model(lambda m, x: x.cos().view(6, 4).unsqueeze(0).view(4, 6).sin()), (torch.randn(2, 3, 4),)
+
+
+def permutes() -> Case:
+    return Model(lambda m, x: x.cos().permute(2, 0, 1).transpose(0, 1).sin()), (torch.randn(2, 3, 4),)
+
+
+def same_padding() -> Case:
+    return chain(nn.Conv2d(3, 4, (3, 4), padding="same")), (torch.randn(1, 3, 8, 8),)
+
+
+def matmul() -> Case:
+    return Model(lambda m, x: x @ m.w + m.b, w=torch.randn(4, 5), b=torch.randn(5)), (torch.randn(2, 3, 4),)
+
+
+def in_place() -> Case:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = m.conv(x)
+        y += 1
+        return y.relu_()
+
+    return Model(forward, conv=nn.Conv2d(3, 4, 3)), (torch.randn(1, 3, 8, 8),)
+
+
+def mutated_buffer() -> Case:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        m.count.add_(1)
+        return x * m.count
+
+    return Model(forward, count=torch.zeros(())), (torch.randn(4),)
+
+
+def twice() -> Case:
+    return Model(lambda m, x: x.cos().sin() + x.cos().sin()), (torch.randn(4),)
+
+
+def constants() -> Case:
+    return Model(lambda m, x: x + m.a.exp() * torch.arange(4), a=torch.randn(4)), (torch.randn(4),)
+
+
+def gelu() -> Case:
+    model = Model(lambda m, x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+    return model, (torch.randn(4),)
+
+
+def attention() -> Case:
+    model = Model(
+        lambda m, x: (m.q(x) @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x),
+        q=nn.Linear(4, 6),
+        k=nn.Linear(4, 6, bias=False),
+        v=nn.Linear(4, 6),
+    )
+    return model, (torch.randn(1, 3, 4),)
+
+
+CASES: list[tuple[str, Callable[[], Case]]] = [
+    ("fuse-conv-bn-relu", conv_bn_relu),
+    ("fuse-conv-bn-relu", residual),
+    ("fuse-conv-bn-relu", bn_before_conv),
+    ("fuse-conv-bn-relu", bn_before_padded_conv),
+    ("fuse-conv-bn-relu", mlp),
+    ("canonicalize", no_ops),
+    ("canonicalize", reshapes),
+    ("canonicalize", permutes),
+    ("canonicalize", same_padding),
+    ("canonicalize", matmul),
+    ("canonicalize", in_place),
+    ("canonicalize", mutated_buffer),
+    ("common-subexpressions", twice),
+    ("fold-constants", constants),
+    ("recognize-activations", gelu),
+    ("merge-linears", attention),
+    ("cast-precision", attention),
+    ("cast-precision", conv_bn_relu),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_golden(name: str, case: Callable[[], Case]) -> None:
+    model, inputs = case()
+    options = "{dtype=bf16}" if name == "cast-precision" else ""
+    text = testing.check_pass(name + options, model, inputs).text
+    file = GOLDEN / name / f"{case.__name__}.fxir"
+    if os.environ.get("FXOPT_GOLDEN") == "write":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+def test_every_pass_of_ours_has_a_golden_dump() -> None:
+    """Also that no file is left of a case that is gone."""
+    cases = {f"{name}/{case.__name__}.fxir" for name, case in CASES}
+    assert {str(f.relative_to(GOLDEN)) for f in GOLDEN.rglob("*.fxir")} == cases
+    own = {n for n in registry.available("fxopt.passes") if registry.find_pass(n).__module__.startswith("fxopt.passes")}
+    assert own == {name for name, _ in CASES}
