@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -198,6 +198,7 @@ def quiet_export() -> Iterator[None]:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    args, kwargs = _distinct(args, kwargs)
     shapes = dynamic.normalize(shapes)
     if shapes is not None:
         args, kwargs = dynamic.enlarge(model, args, kwargs, shapes)
@@ -208,6 +209,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
         raise
     except Exception as error:
         raise CaptureError(explain(error, model)) from error
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs, no tensor among them twice: torch.export would take two such inputs for one."""
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        known = id(x) in seen
+        seen.add(id(x))
+        return x.clone() if known and isinstance(x, torch.Tensor) else x
+
+    return cast(tuple[tuple[Any, ...], dict[str, Any]], pytree.tree_map(own, (args, kwargs)))
 
 
 def _to_program(exported: ExportedProgram, forward: inspect.Signature | None) -> Program:
