@@ -29,8 +29,8 @@ from fxopt.signature import Leaf
 if TYPE_CHECKING:
     import onnx_ir
 
-DEFAULT_OPSET = 20
 OPSETS = (18, 23)  # what torch's translations are written for
+_OPSET, _BF16_OPSET = 20, 22  # 22 is the first in which Conv takes bf16
 _export_lock = threading.Lock()  # the exporter keeps its current tracer in a global
 
 
@@ -39,13 +39,14 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
 
     Args:
         program: owned by this call.
-        opset: version of the ONNX operators; None for 20.
+        opset: version of the ONNX operators; None for 20, or 22 where something is bf16.
 
     Raises:
         UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
         SpecError: no such opset.
     """
-    opset = DEFAULT_OPSET if opset is None else opset
+    if opset is None:
+        opset = _BF16_OPSET if any(of_dtype(node, torch.bfloat16) for node in program.graph.nodes) else _OPSET
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise SpecError(f"opset must be from {OPSETS[0]} to {OPSETS[1]}, not {opset}")
     _refuse(program)
@@ -62,6 +63,12 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
         if weight is not None and weight.nbytes >= EMBEDDED:
             program.constants.pop(name, None)
     return file
+
+
+def of_dtype(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the value of *node* is a tensor of *dtype*."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype is dtype
 
 
 def _refuse(program: Program) -> None:

@@ -7,6 +7,7 @@ folder/weights      everything else, mapped into memory by the engine: no second
 from __future__ import annotations
 
 import dataclasses
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,9 +115,9 @@ class OnnxFile:
 
     def explain(self, error: Exception) -> str:
         """The first line of an engine's *error*, and the user's ops that the ONNX nodes in it stand for."""
-        text = str(error).strip()
-        line = text.splitlines()[0] if text else type(error).__name__
-        names = [name for name in self.origins if f"'{name}'" in text or f"({name})" in text or f'"{name}"' in text]
+        text = str(error).strip().replace(str(self.path), self.path.name) or type(error).__name__
+        line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text.splitlines()[0])
+        names = dict.fromkeys(word for word in re.findall(r"[\w.]+", text) if word in self.origins)
         return line + "".join(f" [{self.origins[name]}]" for name in names)
 
 

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from fxopt import ops
 from fxopt.errors import UnsupportedOp
 from fxopt.program import Program, source_line
-from fxopt.rewriter import Rewriter
+from fxopt.rewriter import Rewriter, fake_mode
 
 if TYPE_CHECKING:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -83,7 +83,7 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
         elif node.target is aten.batch_norm.default and not ops.arguments(node)["training"]:
             rewriter.replace(node, _inference_norm(rewriter, node))
         elif isinstance(node.target, torch._ops.OpOverload) and not registry.is_registered(node.target):
-            _decompose(rewriter, node, _decompositions(registry))
+            _decompose(rewriter, node, registry)
     program.remove_dead()
     return [node for node in program.graph.nodes if not _is_translated(node, registry)]
 
@@ -101,7 +101,7 @@ def _unfused(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     compute = ops.ACTIVATIONS[a["activation"]]
     options: dict[str, Any] = {}
     if isinstance(compute, functools.partial):
-        compute, options = compute.func, dict(compute.keywords)
+        compute, options = compute.func, dict(compute.keywords)  # type: ignore[attr-defined]
     return rewriter.call(compute, (y, *a["activation_args"]), options, before=node)
 
 
@@ -113,8 +113,8 @@ def _inference_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     return rewriter.call(operator.getitem, (whole, 0), before=node)
 
 
-def _decompose(rewriter: Rewriter, node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
-    """Put the ops that *node* is made of in its place; one that has no decomposition stays as it is."""
+def _decompose(rewriter: Rewriter, node: fx.Node, registry: ONNXRegistry) -> None:
+    """Put the ops that *node* is made of in its place; it stays as it is where that does not help."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     flat, tree = pytree.tree_flatten((node.args, node.kwargs))
@@ -127,20 +127,27 @@ def _decompose(rewriter: Rewriter, node: fx.Node, table: Mapping[Any, Callable[.
         return node.target(*args, **kwargs)
 
     try:
-        with torch.no_grad():
-            body = make_fx(call, decomposition_table=dict(table))(*[x.meta["val"] for x in inputs])
+        with fake_mode(rewriter.program), torch.no_grad():
+            # ONNX tensors have no strides: a decomposition that asks for them is to see plain contiguous ones.
+            values = [_contiguous(x.meta["val"]) for x in inputs]
+            body = make_fx(call, decomposition_table=dict(_decompositions(registry)))(*values)
     except Exception:  # noqa: BLE001 - whatever it is, the node is reported as unsupported with its source line
         return
-    if any(n.op == "call_function" and n.target is node.target for n in body.graph.nodes):
+    if not all(_is_translated(inner, registry) for inner in body.graph.nodes):
         return
-    values: dict[fx.Node, fx.Node] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    made: dict[fx.Node, fx.Node] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     for inner in body.graph.nodes:
         if inner.op == "get_attr":
-            values[inner] = rewriter.constant(f"{node.name}_{inner.target}", getattr(body, str(inner.target)))
+            made[inner] = rewriter.constant(f"{node.name}_{inner.target}", getattr(body, str(inner.target)))
         elif inner.op == "call_function":
-            args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), values.__getitem__)
-            values[inner] = rewriter.call(inner.target, args, kwargs, before=node)
-    _substitute(rewriter, node, fx.node.map_arg(body.graph.output_node().args[0], values.__getitem__))
+            args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), made.__getitem__)
+            made[inner] = rewriter.call(inner.target, args, kwargs, before=node)
+    _substitute(rewriter, node, fx.node.map_arg(body.graph.output_node().args[0], made.__getitem__))
+
+
+def _contiguous(value: Any) -> Any:
+    same = torch.contiguous_format
+    return torch.empty_like(value, memory_format=same) if isinstance(value, torch.Tensor) else value
 
 
 def _substitute(rewriter: Rewriter, node: fx.Node, result: Any) -> None:

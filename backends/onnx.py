@@ -15,14 +15,17 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from fxopt import ops
 from fxopt.backend import Backend, Executable
-from fxopt.backends._onnx_export import export
+from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
+from fxopt.backends._onnx_graph import located
 from fxopt.errors import BackendUnavailable, FxoptError, SpecError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
 
 _PROVIDER = "CPUExecutionProvider"
+_NO_BF16 = {"conv", "conv_transpose", "linear", "matmul", "attention", "activation", "norm", "batch_norm"}
 
 
 class OnnxExecutable(Executable):
@@ -111,7 +114,7 @@ class OnnxBackend(Backend):
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
-        opset: version of the ONNX operators, 18 to 23; None for 20.
+        opset: version of the ONNX operators, 18 to 23; None for 20, or 22 where something is bf16.
     """
 
     name: ClassVar[str] = "onnx"
@@ -132,8 +135,10 @@ class OnnxBackend(Backend):
             BackendUnavailable: onnxruntime is not installed.
         """
         self.require()
-        file = export(program, self.opset)
         runs_here = target.runs_here and target.name != "cuda"
+        if runs_here:
+            _refuse_bf16(program)
+        file = export(program, self.opset)
         return OnnxExecutable(file, self._session(file) if runs_here else None, target)
 
     def _session(self, file: OnnxFile) -> Any:
@@ -146,3 +151,14 @@ class OnnxBackend(Backend):
             return onnxruntime.InferenceSession(str(file.path), options, providers=[_PROVIDER])
         except Exception as error:
             raise UnsupportedOp(f"onnxruntime cannot run this model: {file.explain(error)}") from error
+
+
+def _refuse_bf16(program: Program) -> None:
+    """Say before exporting that the CPU provider can move bf16 values, but not compute with them."""
+    nodes = [n for n in program.graph.nodes if ops.kind(n) in _NO_BF16 and of_dtype(n, torch.bfloat16)]
+    if nodes:
+        more = f" and {len(nodes) - 1} more ops" if len(nodes) > 1 else ""
+        raise UnsupportedOp(
+            f"onnxruntime has no bf16 kernel on the CPU for {located(nodes[0])}{more}: use backend='torch' or "
+            "'openvino' for bf16"
+        )
