@@ -81,9 +81,9 @@ class _Writer:
         self.lines: list[str] = []
         self.nodes: list[tuple[str, str]] = [("", "")]
         self.names: dict[str, Any] = {"torch": torch}
-        self._locals = {node: _identifier(node.name) for node in program.graph.nodes}
-        self._taken = {*self._locals.values(), "inputs", "run", *self.names}
-        self._bound: dict[Any, str] = {}
+        self._taken = {"inputs", "run", *self.names}
+        self._locals = {node: self._unique(node.name) for node in program.graph.nodes}
+        self._bound: dict[int, str] = {}
         self._dying = last_users(program.graph)
         self._begin()
 
@@ -129,14 +129,17 @@ class _Writer:
     def _bind(self, value: Any, hint: str) -> str:
         """The global name of *value*, which text cannot express."""
         if id(value) not in self._bound:
-            base = name = _identifier(hint)
-            suffix = 1
-            while name in self._taken:
-                name, suffix = f"{base}_{suffix}", suffix + 1
-            self._taken.add(name)
+            name = self._bound[id(value)] = self._unique(hint)
             self.names[name] = value
-            self._bound[id(value)] = name
         return self._bound[id(value)]
+
+    def _unique(self, hint: str) -> str:
+        base = name = _identifier(hint)
+        suffix = 1
+        while name in self._taken:
+            name, suffix = f"{base}_{suffix}", suffix + 1
+        self._taken.add(name)
+        return name
 
     def _text(self, value: Any) -> str:
         """An expression for an argument. Lists become tuples: a tuple of numbers is a constant of the code object."""

@@ -613,14 +613,30 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_odd_arguments_and_names() -> None:
     class Odd(nn.Module):
-        def forward(self, inputs: torch.Tensor, run: torch.Tensor, torch_: torch.Tensor) -> Any:
+        def forward(self, inputs: Any, run: Any, torch: Any) -> Any:
             y = inputs.masked_fill(run > 0, float("-inf")).clamp(-3.0, float("inf"))
-            return y.nan_to_num(nan=float("nan")), {"a": torch_.sum(), "b": 3}, None
+            return y.nan_to_num(nan=float("nan")), {"a": torch.sum(), "b": 3}, None
 
     executable = lower(Odd(), (torch.randn(3), torch.randn(3), torch.randn(3)))
     y, total, three, nothing = executable([torch.zeros(3), -torch.ones(3), torch.ones(3)])
     assert torch.equal(y, torch.zeros(3))
     assert (float(total), three, nothing) == (3.0, 3, None)
+
+
+def test_higher_order_ops() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.conv(x)
+            with torch.no_grad():
+                z = y.view(2, -1) * 2
+            return torch.cond(x.sum() > 0, lambda v: v.view(-1) + 1, lambda v: v.view(-1) - 1, (y,)), z
+
+    check(Branch(), image())
+    check(Branch(), -image().abs())
 
 
 def test_no_inputs_and_unused_inputs() -> None:
