@@ -166,15 +166,17 @@ def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     try:
         with torch.no_grad():
             result = model(*own_args, **own_kwargs)
+            structures.register(result)
+            outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves(result)]
             for module, named in buffers:  # a model may also assign a new tensor to a buffer
                 module._buffers.update(named)
             for buffer, old in before:
                 buffer.copy_(old)
+    except FxoptError:
+        raise
     except Exception as error:
         raise InputError(f"the model itself fails on the example inputs: {type(error).__name__}: {error}") from error
-    structures.register(result)
-    outputs = pytree.tree_leaves(result)
-    return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in outputs]
+    return outputs
 
 
 _quiet_lock = threading.RLock()
