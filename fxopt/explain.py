@@ -36,6 +36,9 @@ def explain(error: Exception, model: nn.Module) -> str:
     elif "register it as buffer" in text:
         what = f"it mutates a tensor that is no buffer: {text.splitlines()[0].partition(' Pls')[0]}"
         todo = "Register the tensor with register_buffer, so that the compiled model can keep it up to date."
+    elif "compiled_fn to be GraphModule" in text:
+        what = "it mutates a buffer that is registered in more than one module"
+        todo = "Register the buffer once, and let the other modules read it through the one that owns it."
     else:
         what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
         todo = "Try torch.export.export(model, inputs) on its own to see all of it."
