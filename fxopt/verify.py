@@ -126,7 +126,7 @@ def _node_problem(node: fx.Node, program: Program) -> str | None:
 
 
 def _metadata_problem(node: fx.Node, mode: Any) -> str | None:
-    if node.op == "output":
+    if node.op == "output" or ops.kind(node) == "assert":
         return None
     if "val" not in node.meta:
         return "has no metadata"
