@@ -83,8 +83,6 @@ def _same_type(a: fx.Node, b: fx.Node) -> bool:
 
 def _is_needed_copy(node: fx.Node, lent_out: set[fx.Node]) -> bool:
     """Whether somebody may tell *node* from its input: the caller, by writing to it, or an op that reads strides."""
-    if any(user.op == "output" for user in node.users):
-        return True
     copies = ops.packet(node) == "contiguous" or ops.arguments(node).get("copy", False)
     if ops.is_view(node) and not copies:
         return False
