@@ -1,0 +1,134 @@
+"""Dynamic sizes: open dimensions stay open, and every call is checked against what was captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import fxopt
+from fxopt import verify
+from fxopt.capture import Captured, capture
+from tests.passes.models import chain, image
+
+
+class Matrix(nn.Module):
+    """A linear over sequences: batch and length are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x).softmax(-1)
+        return result
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x[: y.shape[0]] + y
+
+
+def run(captured: Captured, *args: Any, **kwargs: Any) -> torch.Tensor:
+    (result,) = verify.run(captured.program, captured.program.signature.bind(args, kwargs))
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+@pytest.mark.parametrize("example", [1, 2, 3])
+def test_any_batch_after_any_example_batch(example: int) -> None:
+    model = chain(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    captured = capture(model, (image(batch=example),), None, ({0: "batch"},))
+    assert len(captured.inputs[0]) == example
+    for batch in (1, 2, 5):
+        x = image(batch=batch)
+        assert torch.allclose(run(captured, x), model(x), atol=1e-6)
+
+
+def test_batch_and_length() -> None:
+    model = Matrix().eval()
+    captured = capture(model, (torch.randn(1, 1, 4),), None, {"x": {0: "batch", 1: "length"}})
+    for shape in ((1, 1, 4), (3, 7, 4), (2, 1, 4)):
+        x = torch.randn(shape)
+        assert torch.allclose(run(captured, x), model(x), atol=1e-6)
+
+
+def test_the_fixed_dimensions_are_checked() -> None:
+    captured = capture(Matrix(), (torch.randn(2, 3, 4),), None, {"x": {0: "batch"}})
+    with pytest.raises(fxopt.InputError, match="'x' has size 5 in dimension 1, expected 3"):
+        run(captured, torch.randn(2, 5, 4))
+
+
+def test_one_name_is_one_size() -> None:
+    captured = capture(Two(), (torch.ones(3, 2), torch.ones(3, 2)), None, {"x": {0: "n"}, "y": {0: "n"}})
+    assert run(captured, torch.ones(5, 2), torch.ones(5, 2)).shape == (5, 2)
+    with pytest.raises(fxopt.InputError, match=r"'y' has size 4 in dimension 0, expected .* = 5"):
+        run(captured, torch.ones(5, 2), torch.ones(4, 2))
+
+
+def test_derived_sizes() -> None:
+    n = Dim("n")
+    captured = capture(Two(), (torch.ones(6, 2), torch.ones(3, 2)), None, {"x": {0: 2 * n}, "y": {0: n}})
+    assert run(captured, torch.ones(10, 2), torch.ones(5, 2)).shape == (5, 2)
+    for x, y, message in [(7, 3, "'x' has size 7 in dimension 0, expected 2"), (6, 4, "'y' has size 4")]:
+        with pytest.raises(fxopt.InputError, match=message):
+            run(captured, torch.ones(x, 2), torch.ones(y, 2))
+
+
+def test_ranges() -> None:
+    captured = capture(Matrix(), (torch.randn(4, 3, 4),), None, {"x": {0: Dim("batch", min=3, max=8)}})
+    for batch in (3, 8):
+        assert len(run(captured, torch.randn(batch, 3, 4))) == batch
+    for batch in (2, 9, 0):
+        with pytest.raises(fxopt.InputError, match=f"has size {batch} in dimension 0, expected 3 to 8"):
+            run(captured, torch.randn(batch, 3, 4))
+
+
+def test_an_empty_batch_is_refused() -> None:
+    captured = capture(Matrix(), (torch.randn(4, 3, 4),), None, {"x": {0: "batch"}})
+    with pytest.raises(fxopt.InputError, match="has size 0 in dimension 0, expected 1 to"):
+        run(captured, torch.randn(0, 3, 4))
+
+
+def test_automatic_dimensions() -> None:
+    captured = capture(Matrix(), (torch.randn(2, 3, 4),), None, {"x": {0: Dim.AUTO, 1: Dim.STATIC}})
+    assert len(run(captured, torch.randn(6, 3, 4))) == 6
+
+
+def test_nested_inputs() -> None:
+    class Nested(nn.Module):
+        def forward(self, batch: dict[str, torch.Tensor], *, scale: torch.Tensor) -> torch.Tensor:
+            return batch["a"] + batch["b"] * scale
+
+    shapes = {"batch": {"a": {0: "n"}, "b": {0: "n"}}, "scale": None}
+    inputs = {"a": torch.ones(1, 2), "b": torch.ones(1, 2)}
+    captured = capture(Nested(), (inputs,), {"scale": torch.ones(2)}, shapes)
+    bigger = {"a": torch.ones(4, 2), "b": torch.ones(4, 2)}
+    assert run(captured, bigger, scale=torch.ones(2)).shape == (4, 2)
+
+
+def test_a_size_that_the_model_fixes_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.ones(3, 1)
+
+    with pytest.raises(fxopt.CaptureError, match="the dynamic shapes do not hold for this model"):
+        capture(Fixed(), (torch.ones(3, 2),), None, {"x": {0: "batch"}})
+
+
+@pytest.mark.parametrize("shapes", [{"y": {0: "batch"}}, ({0: "a"}, {0: "b"}), {"x": {7: "batch"}}])
+def test_shapes_that_do_not_fit_the_inputs_are_refused(shapes: Any) -> None:
+    with pytest.raises(fxopt.InputError, match="dynamic_shapes does not fit the inputs"):
+        capture(Matrix(), (torch.ones(1, 3, 4),), None, shapes)
+
+
+def test_the_signature_reads_well() -> None:
+    compiled = fxopt.compile(
+        Matrix(), example_inputs=(torch.randn(1, 3, 4),), dynamic_shapes=({0: "batch"},), backend="torch"
+    )
+    assert "x: float32[" in repr(compiled)
+    assert ", 3, 4]" in repr(compiled)
+    assert compiled(torch.randn(9, 3, 4)).shape == (9, 3, 5)
