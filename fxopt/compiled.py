@@ -175,6 +175,10 @@ class CompiledModel:
             if found is not None:
                 self._lazy.move_to_end(key)
                 return found
+            for known, variant in self._lazy.items():
+                if variant.program.signature.accepts(args, kwargs):
+                    self._lazy.move_to_end(known)
+                    return variant
             if self._lazy:
                 warnings.warn(
                     f"fxopt: the model is called with new input structure, shapes or dtypes and is captured again "

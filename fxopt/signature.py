@@ -107,6 +107,14 @@ class Signature:
         self._check(leaves)
         return leaves
 
+    def accepts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call fits: its structure, and sizes within what was kept open."""
+        try:
+            self.bind(args, kwargs)
+        except InputError:
+            return False
+        return True
+
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Leaves of the call, re-spelled as it was captured; shapes and dtypes are not checked.
 

@@ -105,3 +105,6 @@ class _Rest:
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.attributes)))
+
+    def __repr__(self) -> str:
+        return f"_Rest({', '.join(sorted(self.attributes))})"
