@@ -114,7 +114,9 @@ class Packer:
             return False
         if fused.bias is not None and fused.bias.meta["val"].dtype != weight.dtype:
             return False
-        return x.dim() == weight.dim() if fused.stride else weight.dim() == 2
+        if not (x.dim() == weight.dim() if fused.stride else weight.dim() == 2):
+            return False
+        return fused.residual is None or _unfused_sizes(fused) == hints(fused.node)  # else the residual broadcasts it
 
     def tensor(self, node: fx.Node) -> torch.Tensor | None:
         """The constant behind *node*; None for anything that is computed or may change between calls."""
@@ -180,3 +182,18 @@ def _unpack(packed: torch.Tensor, shape: torch.Size, groups: int | None) -> torc
     if groups is not None:
         dense = dense.unflatten(0, (groups, -1)).transpose(1, 2)
     return dense.reshape(shape)
+
+
+def _unfused_sizes(fused: Fused) -> tuple[int, ...] | None:
+    """Sizes of the result before the residual is added, for the example inputs."""
+    x, (out, _, *kernel) = hints(fused.x), fused.weight.meta["val"].shape
+    if x is None or not fused.stride:
+        return None if x is None else (*x[:-1], out)
+    spans = zip(x[2:], kernel, fused.stride, fused.padding, fused.dilation, strict=True)
+    return (x[0], out, *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in spans))
+
+
+def hints(node: fx.Node) -> tuple[int, ...] | None:
+    """Sizes of a value for the example inputs; None where a size depends on data."""
+    sizes = [s if isinstance(s, int) else s.node.hint for s in node.meta["val"].shape]
+    return None if None in sizes else tuple(int(s) for s in sizes)

@@ -14,14 +14,14 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backends._torch_memory import same_sizes
+from fxopt.backends._torch_onednn import is_channels_last
 from fxopt.program import Program
 
-aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+aten = torch.ops.aten
 
 # Kernels that take bf16 and fp16 input, with fp32 weights where they have any, and compute in fp32 inside.
 _WIDE_INSIDE = {aten.layer_norm.default, aten.group_norm.default, aten.softmax.int}
 _LOW = (torch.bfloat16, torch.float16)
-_CONVOLUTIONS = {mkldnn._convolution_pointwise.default, mkldnn._convolution_pointwise.binary}
 _MOST_PIXELS = 1024  # of a pooling window: above it, avg_pool2d is the slower one
 
 
@@ -97,7 +97,7 @@ def _is_fixed(program: Program, node: fx.Node) -> bool:
 
 def _pool_all(node: fx.Node) -> None:
     x, size = node.args
-    if not isinstance(x, fx.Node) or x.target not in _CONVOLUTIONS or tuple(size) != (1, 1):  # type: ignore[arg-type]
+    if not isinstance(x, fx.Node) or not is_channels_last(x) or tuple(size) != (1, 1):  # type: ignore[arg-type]
         return
     height, width = x.meta["val"].shape[-2:]
     if isinstance(height, int) and isinstance(width, int) and 0 < height * width <= _MOST_PIXELS:

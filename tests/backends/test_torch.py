@@ -143,6 +143,7 @@ def test_residual(activation: str, dtype: torch.dtype, layout: torch.memory_form
 @pytest.mark.parametrize("shape", [(2, 8, 1, 1), (8, 1, 1), (1, 8, 28, 28), (28,)])
 def test_broadcast_residual(shape: tuple[int, ...]) -> None:
     check(Conv(activation="relu"), image(), torch.randn(shape), never="binary")
+    check(Linear(activation="relu"), torch.randn(28, 600), torch.randn(3, 28, 500), never="binary")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,7 +209,26 @@ def test_convolution_of_one_pixel_is_a_linear() -> None:
             return x * CONV[2](s, self.up.weight, self.up.bias, None, *spatial, "sigmoid", [])
 
     executable = check(Squeeze(), image(2, 64, 9, 9), calls="aten_linear", never="convolution")
-    assert executable.source.count("aten_reshape(") == 2  # before the first and after the last, not between
+    assert executable.source.count("aten_permute(") == 2  # before the first and after the last, not between
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 8, 1, 1), (2, 8, BIG, BIG)])
+@pytest.mark.parametrize("side", [1, BIG])
+def test_pixelwise_residual(side: int, shape: tuple[int, ...]) -> None:
+    model = Conv(padding=0, activation="relu")
+    model.weight = nn.Parameter(torch.randn(8, 4, 1, 1))
+    check(model, image(2, 4, side, side), torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1}, {"groups": 2}])
+def test_convolution_of_single_pixels(options: dict[str, Any], layout: torch.memory_format, dtype: torch.dtype) -> None:
+    last = nn.Conv2d(32, 48, 1)
+    model = nn.Sequential(nn.Conv2d(32, 32, 1, **options), last, nn.ReLU()).to(dtype)
+    x = image(2, 32, 40, 31, dtype=dtype).to(memory_format=layout)
+    executable = check(model, x, calls="mkldnn__linear_pointwise")
+    assert torch.equal(executable.constant("1.weight"), last.weight)
 
 
 @pytest.mark.parametrize("rows", [1, 64])
