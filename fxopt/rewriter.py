@@ -94,7 +94,7 @@ class Rewriter:
         return node
 
     def first_call(self) -> fx.Node:
-        """A node that follows all inputs and constants; where none was inserted before it since, the first such one."""
+        """The first node after all inputs and constants."""
         if self._first_call is None or self._first_call._erased:
             nodes: Iterable[fx.Node] = self.program.graph.nodes
             self._first_call = next(node for node in nodes if node.op not in ("placeholder", "get_attr"))
@@ -117,6 +117,8 @@ class Rewriter:
         graph = self.program.graph
         with graph.inserting_before(before):
             node = graph.call_function(target, tuple(args), dict(kwargs or {}))
+        if before is self._first_call:
+            self._first_call = node
         source = origin or before
         node.meta = {key: source.meta[key] for key in _INHERITED if key in source.meta}
         try:
