@@ -46,7 +46,7 @@ def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> 
     check_order(listed)
     named = {p.name for p in listed}
     passes = [find(name)() for name in FIRST if name not in named] + list(listed)
-    for name in LAST:
+    for name in reversed(LAST):  # a pass that wants the last of them before it gets all of them before it
         if name not in named:
             missing = find(name)()
             passes.insert(_place(missing, passes), missing)
