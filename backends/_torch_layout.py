@@ -17,7 +17,11 @@ from fxopt.program import Program
 
 aten = torch.ops.aten
 
-_AS_RESHAPE = {aten.view.default, aten._unsafe_view.default}
+_AS_RESHAPE = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape_as.default,
+}
 _READS_STRIDES = {"as_strided", "view_as_complex", "sym_stride", "stride", "sym_storage_offset", "as_strided_scatter"}
 _ANY_LAYOUT = {"aten", "fxopt", "mkldnn", "quantized_decomposed"}
 
@@ -28,7 +32,7 @@ def settle(program: Program) -> None:
         if node.op != "call_function":
             continue
         if node.target in _AS_RESHAPE:
-            node.target = aten.reshape.default
+            node.target = _AS_RESHAPE[node.target]
         elif _reads_layout(node):
             for value in node.all_input_nodes:
                 if value.op == "call_function":
