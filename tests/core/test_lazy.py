@@ -13,6 +13,7 @@ from torch import nn
 
 import fxopt
 from fxopt import compiler
+from fxopt.capture import capture
 from fxopt.compiled import CompiledModel
 from tests.core.test_capture import Answer
 from tests.passes.models import Model, chain
@@ -22,7 +23,7 @@ from tests.passes.models import Model, chain
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One entry for each capture."""
     seen: list[Any] = []
-    original = compiler.capture
+    original = capture
 
     def counting(*args: Any) -> Any:
         seen.append(args[1])
@@ -87,7 +88,10 @@ def test_another_constant_or_structure_captures_again() -> None:
     model = Model(lambda m, x, scale=1.0, flag=False: -x * scale if flag else x * scale)
     compiled = lazy(model)
     x = torch.randn(3)
-    for args, kwargs in [((x,), {}), ((x, 2.0), {}), ((x, 3.0), {}), ((x,), {"flag": True}), ((x, 2.0), {"flag": 0})]:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}), ((x, 2.0), {}), ((x, 3.0), {}), ((x,), {"flag": True}), ((x, 2.0), {"flag": 0}),
+    ]  # fmt: skip
+    for args, kwargs in calls:
         assert torch.equal(quietly(compiled, *args, **kwargs), model(*args, **kwargs))
 
 

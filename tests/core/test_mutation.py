@@ -223,6 +223,8 @@ def test_a_buffer_that_is_an_output_before_its_mutation() -> None:
 
 def test_a_mutated_buffer_in_two_modules_is_refused() -> None:
     class Adds(nn.Module):
+        total: torch.Tensor
+
         def __init__(self, total: torch.Tensor) -> None:
             super().__init__()
             self.register_buffer("total", total)

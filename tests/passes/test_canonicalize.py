@@ -194,7 +194,7 @@ def test_addmm_with_another_addend_is_right(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("factors", [{"beta": 2}, {"alpha": 0.5}])
-def test_a_scaled_addmm_stays(factors: dict[str, float]) -> None:
+def test_a_scaled_addmm_stays(factors: dict[str, Any]) -> None:
     model = Model(lambda m, x: torch.addmm(m.b, x, m.w, **factors), w=torch.randn(4, 5), b=torch.randn(5))
     assert check(model, torch.randn(3, 4)).ops() == ["aten.addmm"]
 

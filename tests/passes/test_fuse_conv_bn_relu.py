@@ -190,7 +190,7 @@ def test_an_activation_of_an_output_stays() -> None:
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_residual_rides_on_the_conv_in_either_order(first: bool, relu: bool) -> None:
-    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(m: Any, x: torch.Tensor) -> Any:
         y = m.norm(m.conv(x))
         y = y + x if first else x + y
         return y.relu() if relu else y
@@ -212,7 +212,7 @@ def test_an_in_place_residual_rides_too() -> None:
 
 @pytest.mark.parametrize("swapped", [True, False])
 def test_of_two_convs_the_later_one_takes_the_add(swapped: bool) -> None:
-    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(m: Any, x: torch.Tensor) -> Any:
         a, b = m.down(x), m.norm(m.conv(x))
         return (b + a if swapped else a + b).relu()
 

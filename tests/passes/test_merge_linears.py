@@ -21,7 +21,7 @@ def check(model: nn.Module, *inputs: Any, one: str | MergeLinears = "merge-linea
     return checked
 
 
-def attention(m: Any, x: torch.Tensor) -> torch.Tensor:
+def attention(m: Any, x: torch.Tensor) -> Any:
     query, key, value = (layer(x) for layer in (m.query, m.key, m.value))
     return torch.softmax(query @ key.transpose(-1, -2), -1) @ value
 
@@ -62,7 +62,8 @@ class _Attention(nn.Module):
             setattr(self, name, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return attention(self, x)
+        result: torch.Tensor = attention(self, x)
+        return result
 
 
 def test_a_linear_with_an_activation_stays_alone() -> None:

@@ -35,7 +35,7 @@ TIGHT = 1e-10
 Step = tuple[str, int, int]
 """A step's name, the earlier value that it reads, and a number that its options are drawn from."""
 
-_ACTIVATIONS = [
+_ACTIVATIONS: list[Callable[[torch.Tensor], torch.Tensor]] = [
     F.relu, F.relu6, F.hardswish, F.silu, F.gelu, torch.sigmoid, torch.tanh, F.elu, F.mish, F.leaky_relu,
 ]  # fmt: skip
 _NO_OPS: list[Callable[[torch.Tensor], torch.Tensor]] = [
