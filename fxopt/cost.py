@@ -18,21 +18,20 @@ def macs(program: Program) -> int:
 
 
 def node_macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one node; 0 for anything but conv, linear, matmul and attention."""
+    """Multiply-accumulates of one node; 0 for anything but conv, linear, matmul (einsum apart) and attention."""
     what = ops.kind(node)
-    if what not in ("conv", "conv_transpose", "linear", "matmul", "attention"):
+    if what not in ("conv", "conv_transpose", "linear", "matmul", "attention") or ops.packet(node) == "einsum":
         return 0
     out = _shape(node)
-    inputs = [_shape(n) for n in node.all_input_nodes]
     if what == "attention":
-        query, key = inputs[0], inputs[1]
+        query, key = _shape(node.args[0]), _shape(node.args[1])
         return 2 * math.prod(query) * key[-2]
     if what == "matmul":
-        a = inputs[1] if ops.packet(node) in ("addmm", "baddbmm") else inputs[0]
-        return 0 if ops.packet(node) == "einsum" else math.prod(out) * a[-1]
+        a = _shape(node.args[1 if ops.packet(node) in ("addmm", "baddbmm") else 0])
+        return math.prod(out) * a[-1]
     weight = _shape(node.args[1])
     if what == "conv_transpose":
-        return math.prod(inputs[0]) * math.prod(weight[1:])
+        return math.prod(_shape(node.args[0])) * math.prod(weight[1:])
     return math.prod(out) * math.prod(weight[1:])
 
 
