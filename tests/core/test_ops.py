@@ -23,7 +23,8 @@ X = torch.linspace(-1, 1, 8).reshape(2, 4)
 def call(function: Callable[..., Any], *inputs: Any) -> fx.Node:
     """The last call that *function* makes."""
     graph = capture(Model(lambda m, *xs: function(*xs)), inputs or (X,)).program.graph
-    return [n for n in graph.nodes if n.op == "call_function"][-1]
+    node: fx.Node = [n for n in graph.nodes if n.op == "call_function"][-1]
+    return node
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ X = torch.linspace(-1, 1, 8).reshape(2, 4)
 @pytest.fixture
 def declared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
     """Entry points that other packages declare, beside fxopt's own."""
-    original, extra = registry.entry_points, list[EntryPoint]()
+    original, extra = entry_points, list[EntryPoint]()
     monkeypatch.setattr(
         registry, "entry_points", lambda group: [*[e for e in extra if e.group == group], *original(group=group)]
     )
