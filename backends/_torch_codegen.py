@@ -40,15 +40,15 @@ class Code:
     source: str
     nodes: tuple[tuple[str, str], ...]
 
-    def located(self, error: Exception) -> Exception:
-        """*error* again, of the same type, saying which node of the program raised it."""
+    def located(self, error: Exception) -> Exception | None:
+        """*error* again, of the same type, saying which node of the program raised it; None if it was no node."""
         trace, line = error.__traceback__, 0
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code is self.run.__code__ else line
             trace = trace.tb_next
         name, where = self.nodes[line] if line < len(self.nodes) else ("", "")
         if not name:
-            return error
+            return None
         message = f"{name}{f' ({where})' if where else ''} failed: {error}"
         kind = type(error)
         return kind(message) if kind in _REBUILDABLE else RuntimeError(message)

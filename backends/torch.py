@@ -63,7 +63,10 @@ class TorchExecutable(Executable):
             with torch.no_grad():
                 return self._run(inputs)
         except Exception as error:
-            raise self._code.located(error) from error
+            located = self._code.located(error)
+            if located is None:
+                raise
+            raise located from error
 
     def constant(self, name: str) -> torch.Tensor:
         """The tensor behind a constant of the program.

@@ -627,6 +627,8 @@ def test_errors_name_node_and_source_line() -> None:
     executable = lower(Function(F.embedding, torch.randn(10, 4)), (torch.tensor([1]),))
     with pytest.raises(IndexError, match=r"embedding.*\.py:\d+.*failed: index out of range"):
         executable([torch.tensor([99])])
+    with pytest.raises(ValueError, match="unpack"):
+        executable([])
 
 
 def test_foreign_target_lowers_but_does_not_run() -> None:
