@@ -189,8 +189,16 @@ def _latency(options: argparse.Namespace) -> tuple[str, object]:
         limits = {"rounds": options.rounds, "calls": options.calls, "limit_s": options.build_limit}
         rows.append(measure(model.strip(), names, threads=options.threads, **limits))
         free_memory()
-    plot(rows, names, options.output / "latency.png")
-    return latency_table(rows, names), [vars(row) for row in rows]
+        plot(rows, names, options.output / "latency.png")
+        text, data = latency_table(rows, names), [vars(row) for row in rows]
+        _write("latency", text, data, options)  # an interrupted run keeps what it measured
+    return text, data
+
+
+def _write(what: str, text: str, data: object, options: argparse.Namespace) -> None:
+    where = machine(options.threads)
+    (options.output / f"{what}.md").write_text(f"{where}\n\n{text}")
+    (options.output / f"{what}.json").write_text(json.dumps({"machine": where, "results": data}, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,11 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         what, (text, data) = "memory", bench_compile.memory()
     else:
         what, (text, data) = "latency", _latency(options)
-    where = machine(options.threads)
-    (options.output / f"{what}.md").write_text(f"{where}\n\n{text}")
-    (options.output / f"{what}.json").write_text(json.dumps({"machine": where, "results": data}, indent=1))
+    _write(what, text, data, options)
     Console().print(Markdown(text))
-    print(f"{where}\nwritten to {options.output}/{what}.md")
+    print(f"{machine(options.threads)}\nwritten to {options.output}/{what}.md")
 
 
 if __name__ == "__main__":
