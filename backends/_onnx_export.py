@@ -58,11 +58,16 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
         _clean(model, opset)
         _name(model, program)
         file = OnnxFile(model, interface, origins)
-        weights = {name: value.const_value for name, value in model.graph.initializers.items()}
-    for name, weight in weights.items():
-        if weight is not None and weight.nbytes >= EMBEDDED:
-            program.constants.pop(name, None)
+        _release(model, program)
     return file
+
+
+def _release(model: onnx_ir.Model, program: Program) -> None:
+    """Let go of the tensors that are in the file now. Graphs hold them in cycles, which may live for long."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None and value.const_value.nbytes >= EMBEDDED:
+            program.constants.pop(name, None)
+            value.const_value = None
 
 
 def of_dtype(node: fx.Node, dtype: torch.dtype) -> bool:
@@ -115,6 +120,7 @@ def _translate(program: Program, registry: Any) -> tuple[onnx_ir.Model, dict[str
         where = onnx_graph.located(failed[0]) if failed else "this graph"
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UnsupportedOp(f"ONNX cannot express {where}: {reason}") from error
+    exported.state_dict.clear()
     origins = {str(n.name): onnx_graph.located(n.meta["node"]) for n in model.graph.all_nodes() if "node" in n.meta}
     return model, origins
 
