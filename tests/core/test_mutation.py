@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -194,6 +196,29 @@ def test_two_compiled_models_have_a_state_each() -> None:
     assert torch.equal(one(X), X * 2)
     assert torch.equal(other(X), X)
     assert int(model.count) == 0  # type: ignore[arg-type]
+
+
+def test_a_model_with_state_answers_one_caller_at_a_time() -> None:
+    compiled = fxopt.compile(stateful(counter), example_inputs=(X,), backend="torch")
+    variant = compiled._fixed
+    assert variant is not None
+    run = variant.executable
+
+    class Slow(fxopt.Executable):
+        """Gives other callers time to come between the call and the writing back of the state."""
+
+        def __call__(self, inputs: Any) -> list[Any]:
+            outputs = run(inputs)
+            time.sleep(0.005)
+            return outputs
+
+        def constant(self, name: str) -> torch.Tensor:
+            return run.constant(name)
+
+    variant.executable = Slow()
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda _: float(compiled(X)[0, 0] / X[0, 0]), range(20)))
+    assert sorted(seen) == list(range(1, 21))
 
 
 def test_results_of_an_earlier_call_stay() -> None:
