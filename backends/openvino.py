@@ -112,6 +112,11 @@ class OpenVinoBackend(Backend):
         if self.precision not in ("f32", "bf16", None):
             raise SpecError(f"precision must be 'f32' or 'bf16', not {self.precision!r}")
 
+    @property
+    def exact(self) -> bool:
+        """Not where bf16 was asked for: a program that is in bf16 itself is run as it says."""
+        return self.precision != "bf16"
+
     def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
         """The program as a compiled OpenVINO model; weights move from the program into an ONNX file.
 

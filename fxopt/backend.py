@@ -66,6 +66,11 @@ class Backend(abc.ABC):
     requires: ClassVar[tuple[str, ...]] = ()
     install: ClassVar[str] = ""
 
+    @property
+    def exact(self) -> bool:
+        """Whether the engine computes what the program says, within floating-point tolerance of its dtypes."""
+        return True
+
     @classmethod
     def require(cls) -> None:
         """Check that the engine is installed.

@@ -79,6 +79,7 @@ class Program:
                 self.graph.erase_node(node)
                 removed += 1
         used = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        used |= {back.constant for back in self.signature.writebacks if back.constant is not None}
         for name in set(self.constants) - used:
             del self.constants[name]
         return removed

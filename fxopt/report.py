@@ -83,6 +83,7 @@ class Report:
         candidates: for ``backend="auto"``, what each backend measured in ms, or why it was not taken.
         seconds: time spent by stage ("capture", "passes", "lower", "measure").
         error: largest error of the compiled model against eager, relative to the range; None if not compared.
+        engine_exact: False where the engine was told to compute in a lower precision than the graph.
     """
 
     model: str
@@ -96,11 +97,12 @@ class Report:
     candidates: dict[str, float | str] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     error: float | None = None
+    engine_exact: bool = True
 
     @property
     def exact(self) -> bool:
-        """Whether every pass that changed something promises the same answers."""
-        return all(p.exact for p in self.passes if p.edits)
+        """Whether every pass that changed something, and the engine, promise the same answers."""
+        return self.engine_exact and all(p.exact for p in self.passes if p.edits)
 
     @property
     def skips(self) -> list[Skip]:

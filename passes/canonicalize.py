@@ -4,6 +4,7 @@
     view(view(x, a), b)                                                  →   reshape(x, b)
     permute(permute(x))                                                  →   permute(x), or x
     conv2d(x, w, padding="same")                                         →   conv2d(x, w, padding=[1, 1])
+    x.new_zeros(2, 3), torch.ones_like(x)                                →   full([2, 3], 0), a constant
     addmm(b, x, W), x @ W (+ b), W constant                              →   linear(x, Wᵀ, b)
 
 A copy stays where removing it would let an output alias an input or a weight, and where the strides that it makes
@@ -203,10 +204,28 @@ def _bias_into_linear(node: fx.Node, rewriter: Rewriter) -> bool:
     return False
 
 
+_FILL = {"new_zeros": 0, "new_ones": 1, "zeros_like": 0, "ones_like": 1, "new_full": None, "full_like": None}
+
+
+def _factory_without_input(node: fx.Node, rewriter: Rewriter) -> bool:
+    """new_zeros(x, s), ones_like(x) and their kin read nothing of x but its type: full(s, value), a constant."""
+    value = node.meta.get("val")
+    if ops.packet(node) not in _FILL or ops.namespace(node) != "aten" or not isinstance(value, torch.Tensor):
+        return False
+    fill = _FILL[ops.packet(node)]
+    fill = ops.arguments(node)["fill_value"] if fill is None else fill
+    if not all(isinstance(size, int) for size in value.shape) or not isinstance(fill, (int, float)):
+        return False
+    kind = {"dtype": value.dtype, "device": value.device}
+    rewriter.replace(node, rewriter.call(aten.full.default, (list(value.shape), fill), kind, before=node))
+    return True
+
+
 _RULES: tuple[Callable[[fx.Node, Rewriter], Any], ...] = (
     _merge_reshapes,
     _merge_permutes,
     _numeric_padding,
     _matmul_to_linear,
     _bias_into_linear,
+    _factory_without_input,
 )

@@ -1,0 +1,142 @@
+"""From the rewritten program to something that runs: lower, compare with the graph, measure, choose between engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt import ops, registry, verify
+from fxopt.backend import Backend
+from fxopt.capture import Captured
+from fxopt.compiled import Variant
+from fxopt.errors import BackendUnavailable, UnsupportedOp, VerifyError
+from fxopt.measure import latency_ms
+from fxopt.program import Program
+from fxopt.progress import Stages
+from fxopt.report import Report
+
+if TYPE_CHECKING:
+    from fxopt.compiler import Plan
+
+# Share of integer outputs (an argmax, a mask) in which an engine may differ from the graph: near-ties fall either way.
+_MISMATCHED = 0.01
+
+
+def _engine_tolerance(exact: bool) -> float:
+    """How far an engine may be from the graph that it was given, relative to the range of an output.
+
+    Engines round otherwise than eager, and in low precision two correct engines differ by that precision.
+    """
+    return verify.TOLERANCE[torch.float32] if exact else verify.TOLERANCE[torch.bfloat16]
+
+
+@dataclasses.dataclass
+class Lowering:
+    """From the rewritten program to something that runs, and the choice between engines."""
+
+    plan: Plan
+    captured: Captured
+    program: Program
+    report: Report
+    stages: Stages
+    expected: list[Any] | None = None
+
+    def named(self) -> Variant:
+        """The variant on the one backend that the user chose."""
+        assert isinstance(self.plan.backend, Backend)
+        variant = self._lower(self.plan.backend, self.program)
+        if self.plan.target.runs_here:
+            with self.stages.stage("measure"):
+                self.report.latency_ms["fxopt"] = self._latency(variant)
+        return self._finish(variant)
+
+    def best(self) -> Variant:
+        """The variant on the fastest backend that is installed and takes this program."""
+        best: Variant | None = None
+        for name in self.plan.target.backends:
+            try:
+                cls = registry.find_backend(name)
+                cls.require()
+                variant = self._lower(cls(), self.program.copy())  # each engine consumes its own
+            except (BackendUnavailable, UnsupportedOp) as error:
+                self.report.candidates[name] = str(error)
+                continue
+            except Exception as error:  # noqa: BLE001 - one broken engine must not keep the others from being tried
+                self.report.candidates[name] = f"failed, {type(error).__name__}: {error}"
+                warnings.warn(f"fxopt: backend {name} is left out, it failed: {error}", stacklevel=4)
+                continue
+            if not self.plan.target.runs_here:
+                return self._finish(variant)
+            with self.stages.stage("measure"):
+                latency = self._latency(variant)
+            self.report.candidates[name] = latency
+            if best is None or latency < self.report.latency_ms["fxopt"]:
+                best, self.report.latency_ms["fxopt"] = variant, latency
+        if best is None:
+            reasons = "; ".join(f"{k}: {v}" for k, v in self.report.candidates.items())
+            raise BackendUnavailable(f"no backend of target {self.plan.target} takes this model: {reasons}")
+        return self._finish(best)
+
+    def _lower(self, backend: Backend, program: Program) -> Variant:
+        """*program* on *backend*. Its constants go to the engine, its graph stays readable."""
+        if self.expected is None and self.plan.verify and self.plan.target.runs_here:
+            self.expected = verify.run(program, self.captured.inputs)
+        with self.stages.stage("lower"):
+            self.stages.say(f"lowering to {backend.name}")
+            self.report.engine_exact = backend.exact
+            owned = Program(program.copy().graph, program.constants, program.signature)
+            executable = backend.lower(owned, self.plan.target, self.captured.inputs)
+        names = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
+        program.constants = {name: value for name, value in program.constants.items() if name in names}
+        variant = Variant(program, executable, backend.name, self.report)
+        if self.expected is not None and not self._random:
+            self._check(variant)
+        return variant
+
+    @property
+    def _random(self) -> bool:
+        """Whether the model draws random numbers: then no two runs can be compared."""
+        return any(ops.is_random(node) for node in self.program.graph.nodes)
+
+    def _check(self, variant: Variant) -> None:
+        """The lowered program answers like the graph it was made from."""
+        assert self.expected is not None
+        with self.stages.stage("measure"):
+            outputs = variant.executable(self.captured.inputs)
+        difference = verify.compare(self.expected, outputs)
+        if difference.error <= _engine_tolerance(self.report.exact) and difference.mismatched <= _MISMATCHED:
+            return
+        truth = verify.run_double(variant.whole_program(), self.captured.inputs)
+        if not verify.is_rounding(truth, self.expected, outputs):
+            raise VerifyError(f"backend {variant.backend} does not compute what the graph does: {difference}")
+
+    def _latency(self, variant: Variant) -> float:
+        inputs = self.captured.inputs
+        return latency_ms(lambda: variant.executable(inputs))
+
+    def _finish(self, variant: Variant) -> Variant:
+        self.report.backend = variant.backend
+        if not self.plan.target.runs_here:
+            return variant
+        with self.stages.stage("measure"):
+            outputs = variant.executable(self.captured.inputs)[: len(self.captured.reference)]
+            if not self._random:
+                self.report.error = verify.compare(self.captured.reference, outputs).error
+            self.report.latency_ms["eager"] = self._eager_latency()
+        return variant
+
+    def _eager_latency(self) -> float:
+        # A model may write to its inputs, and these are the user's.
+        own = [x.clone() if isinstance(x, torch.Tensor) else x for x in self.captured.inputs]
+        args, kwargs = pytree.tree_unflatten(own, self.captured.program.signature.in_spec)
+        model = self.captured.model
+
+        def call() -> None:
+            with torch.no_grad():
+                model(*args, **kwargs)
+
+        return latency_ms(call, budget_s=0.2, warmup=0, calls=5)
