@@ -102,7 +102,12 @@ def capture(
     _refuse_nan(twin)
     reference = _run_eager(twin, args, kwargs)
     exported = _export(twin, args, kwargs, dynamic_shapes)
-    return _finish(exported, twin, args, kwargs, reference)
+    captured = _finish(exported, twin, args, kwargs, reference)
+    if dynamic_shapes is not None:
+        signature = captured.program.signature
+        names = dynamic.dim_names(twin, args, kwargs, dynamic_shapes, signature.inputs)
+        captured.program.signature = dataclasses.replace(signature, dim_names=names)
+    return captured
 
 
 def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:

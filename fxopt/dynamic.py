@@ -7,7 +7,7 @@ asked to keep open: ``enlarge`` gives export an example with that dimension doub
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -49,24 +49,54 @@ def enlarge(
     """
     replaced: dict[int, torch.Tensor] = {}
 
-    def visit(path: Any, x: Any, dims: Any) -> None:
+    def double(x: torch.Tensor, axis: int, dim: Any) -> None:
+        if _is_dynamic(dim) and x.shape[axis] == 1:
+            replaced[id(x)] = torch.cat([replaced.get(id(x), x)] * 2, dim=axis)
+
+    _visit_dims(model, args, kwargs, shapes, double)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    new_args, new_kwargs = pytree.tree_unflatten([replaced.get(id(x), x) for x in leaves], spec)
+    return new_args, new_kwargs
+
+
+def dim_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, inputs: Sequence[Leaf]
+) -> dict[sympy.Symbol, str]:
+    """The user's name for each dynamic size that has one; *inputs* are the leaves of the captured signature."""
+    names: dict[sympy.Symbol, str] = {}
+    place = {id(x): leaf for x, leaf in zip(pytree.tree_leaves((args, kwargs)), inputs, strict=True)}
+
+    def name(x: torch.Tensor, axis: int, dim: Any) -> None:
+        captured = place[id(x)].shape
+        if captured is not None and isinstance(captured[axis], sympy.Symbol) and hasattr(dim, "__name__"):
+            names[captured[axis]] = dim.__name__
+
+    _visit_dims(model, args, kwargs, normalize(shapes), name)
+    return names
+
+
+def _visit_dims(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: Any,
+    visit: Callable[[torch.Tensor, int, Any], None],
+) -> None:
+    """Call *visit* with each input tensor, axis and what *shapes* says of it."""
+
+    def dims_of(path: Any, x: Any, dims: Any) -> None:
         if not isinstance(x, torch.Tensor) or dims is None or isinstance(dims, _DimHint):
             return
-        items = dims.items() if isinstance(dims, Mapping) else enumerate(dims)
-        for axis, dim in items:
-            if _is_dynamic(dim) and x.shape[axis] == 1:
-                replaced[id(x)] = torch.cat([replaced.get(id(x), x)] * 2, dim=axis)
+        for axis, dim in dims.items() if isinstance(dims, Mapping) else enumerate(dims):
+            visit(x, axis, dim)
 
     try:
         combined: Any = _combine_args(model, args, kwargs)
         if isinstance(shapes, (tuple, list)):
             combined = type(shapes)(combined.values())
-        _tree_map_with_path(visit, combined, shapes, tree_name="inputs")
+        _tree_map_with_path(dims_of, combined, shapes, tree_name="inputs")
     except Exception as error:
         raise InputError(f"dynamic_shapes does not fit the inputs: {error}") from error
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    new_args, new_kwargs = pytree.tree_unflatten([replaced.get(id(x), x) for x in leaves], spec)
-    return new_args, new_kwargs
 
 
 def size(dim: Any) -> int | sympy.Expr:

@@ -73,6 +73,7 @@ class Signature:
         forward: Python signature of the model's forward, where known; lets keyword spellings vary.
         ranges: (lowest, highest) size for each dynamic symbol.
         writebacks: what the model mutates.
+        dim_names: the user's names of dynamic sizes, where ``dynamic_shapes`` gave any.
     """
 
     in_spec: pytree.TreeSpec
@@ -82,6 +83,7 @@ class Signature:
     forward: inspect.Signature | None = None
     ranges: Mapping[sympy.Symbol, tuple[int, int]] = dataclasses.field(default_factory=dict)
     writebacks: tuple[Writeback, ...] = ()
+    dim_names: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         args, kwargs = self._children()

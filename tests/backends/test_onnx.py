@@ -165,7 +165,7 @@ def test_dynamic_batch_keeps_a_readable_name(tmp_path: Path) -> None:
         assert logits.shape == (batch, 5)
     graph = saved(executable, tmp_path).graph
     size = graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    assert size == "image_dim_0"
+    assert size == "batch"
     assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == size
 
 
@@ -454,3 +454,13 @@ def test_equal_names_are_kept_apart(tmp_path: Path) -> None:
     graph = saved(executable, tmp_path).graph
     assert [i.name for i in graph.input] == ["weight", "add"]
     assert graph.output[1].name == "mul"
+
+
+def test_the_users_names_of_dynamic_sizes_stand_in_the_file() -> None:
+    program = capture(
+        nn.Linear(4, 4).eval(), (torch.randn(1, 3, 4),), None, {"input": {0: "batch", 1: "tokens"}}
+    ).program
+    executable = OnnxBackend().lower(program, resolve_target("x86"), [torch.randn(1, 3, 4)])
+    assert isinstance(executable, OnnxExecutable)
+    assert executable._session.get_inputs()[0].shape == ["batch", "tokens", 4]
+    assert executable._session.get_outputs()[0].shape == ["batch", "tokens", 4]
