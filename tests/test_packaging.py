@@ -85,15 +85,16 @@ def test_the_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) ->
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, capture_output=True)
     python = environment / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    install = [str(python), "-I", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
+    # -I: a PYTHONPATH that some other test left would show this checkout.
     # The dependencies are taken from this environment: a plain path in a .pth file is searched for modules, but
     # the .pth files inside it, the link of the editable fxopt among them, are not read.
     (site,) = (environment / "lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     version = str(_project()["version"])
     done = subprocess.run(
-        [str(python), "-c", SMOKE, version], capture_output=True, text=True, check=False, cwd=tmp_path
+        [str(python), "-I", "-c", SMOKE, version], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "works"
