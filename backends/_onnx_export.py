@@ -160,8 +160,10 @@ def _name(model: onnx_ir.Model, program: Program) -> None:
         for value, leaf in zip(values, leaves, strict=True):
             value.name = leaf.name
     common.NameFixPass()(model)
-    given = {str(symbol): name for symbol, name in program.signature.dim_names.items()}
-    _ir_passes.rename_axis(model, dict(_size_names(inputs)) | given)
+    sizes: dict[str | onnx_ir.SymbolicDim, str] = {}
+    sizes.update(_size_names(inputs))
+    sizes.update({str(symbol): name for symbol, name in signature.dim_names.items()})
+    _ir_passes.rename_axis(model, sizes)
     for thing in (model, model.graph, *model.graph.all_nodes(), *_ir_passes._all_values(model)):
         thing.metadata_props.clear()
     model.producer_name, model.producer_version = "fxopt", None
