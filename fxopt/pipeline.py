@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from fxopt import dump as fxir
 from fxopt import ops, verify
 from fxopt.errors import FxoptError, PassError, PreconditionError, VerifyError
@@ -140,7 +142,10 @@ class Pipeline:
             difference = verify.check_exact(before, after, self.ctx.inputs, reference)
         elif not one.exact and rewriter.edits:
             outputs = verify.run(after, self.ctx.inputs)
+            before_outputs = reference
             difference, reference = verify.compare(reference, outputs), outputs
+            if _types(before_outputs) != _types(outputs):
+                raise VerifyError("an output changed its shape or dtype, which no pass may do")
         record = PassRecord.of(one, rewriter, before, after, time.perf_counter() - start, difference)
         _log.info("%s: %d edits, %d left alone, %.2f s", one.name, record.edits, len(record.skips), record.seconds)
         return (after if rewriter.edits else before), record, reference
@@ -155,3 +160,7 @@ class Pipeline:
     def _dump(self, program: Program, index: int, step: str) -> None:
         if self.folder is not None:
             fxir.write(program, self.folder, index, step, self.ctx.target)
+
+
+def _types(outputs: Sequence[Any]) -> list[object]:
+    return [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x) for x in outputs]
