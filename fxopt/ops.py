@@ -5,7 +5,7 @@ cannot say stands in the tables below, by ATen packet name, so every overload of
 
     kind        what the op computes, in the words a pass thinks in ("conv", "linear", "batch_norm", ...)
     activation  name and parameters of an op that can ride on a conv or linear ("hardtanh", (0.0, 6.0))
-    precision   whether the op gains from low precision, must stay in fp32, or follows its inputs
+    precision   whether the op gains from low precision, must stay in fp32, follows its inputs, or reads their dtypes
 
 An op that is in no table has kind "unknown": a wall that every pass leaves alone.
 """
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Graph, Node
 
-Precision = Literal["low", "full", "follow"]
+Precision = Literal["low", "full", "follow", "same"]
 Activation = tuple[str, tuple[float, ...]]
 aten = torch.ops.aten
 
@@ -134,6 +134,8 @@ def kind(node: Node) -> str:
     name = packet(node)
     if namespace(node) == "fxopt":
         return _FUSED_KINDS.get(name, "unknown")
+    if node.target is aten.view.dtype:
+        return "bits"
     if namespace(node) != "aten":
         return "getitem" if getattr(node.target, "__name__", "") == "getitem" else "unknown"
     if name in _ACTIVATION_OF and activation(node) is not None:
@@ -242,8 +244,14 @@ def functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
 
 
 def precision(node: Node) -> Precision:
-    """How the op behaves in low precision; "full" for whatever is not known to be safe."""
+    """How the op behaves in low precision; "full" for arithmetic that is not known to be safe.
+
+    "same": what the op computes may depend on the dtypes of its inputs (it reads their bits, takes its own dtype
+    from one, or is unknown), so they must be those of capture.
+    """
     what = kind(node)
+    if what in ("assert", "bits", "unknown") or (what == "cast" and "other" in arguments(node)):
+        return "same"
     if what in _LOW:
         return "low"
     return "follow" if what in _FOLLOW or packet(node) in _FOLLOW_PACKETS or what == "getitem" else "full"

@@ -2,9 +2,14 @@
 
     conv(x, @w)  (fp32)   →   conv(x.to(bf16), @w_bf16)  (bf16) … .to(fp32) where fp32 is needed
 
-Each op is one of three (``ops.precision``): *low* gains from bf16 and accumulates in fp32 inside; *full* (softmax,
-norms, exp, log, large sums, everything unknown) stays in fp32; *follow* moves or selects values and runs in whatever
-its inputs have, so that a chain of low ops does not bounce through fp32. Inputs and outputs keep the user's dtypes.
+Each op is one of four (``ops.precision``): *low* gains from bf16 and accumulates in fp32 inside; *full* (softmax,
+norms, exp, log, large sums) stays in fp32; *follow* moves or selects values and runs in whatever its inputs have, so
+that a chain of low ops does not bounce through fp32; *same* (a reinterpretation of bits, everything unknown) sees the
+dtypes of capture. Inputs and outputs keep the user's dtypes.
+
+Masks hold numbers that low precision turns into -inf, and a row of nothing but -inf has no softmax. What an attention,
+conv, linear or addmm adds is therefore clamped to the range of bf16, where its end still hides any score; in fp16 the
+end (-65,504) does not, and an op that adds what may be a mask stays in fp32.
 """
 
 from __future__ import annotations
@@ -24,6 +29,12 @@ from fxopt.rewriter import Rewriter, infer
 aten = torch.ops.aten
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WIDE = torch.float32
+
+# Kinds whose results are ordinary numbers whatever their inputs are, and kinds that pass on what they are given.
+_ORDINARY = {"conv", "conv_transpose", "linear", "matmul", "attention", "norm", "batch_norm", "softmax"}
+_PASSED_ON = {"add", "mul", "activation", "elementwise", "reduce", "cast", "identity", "copy", "dropout", "embedding"}
+_PASSED_ON |= {"shape", "permute", "select", "getitem", "cat", "pad", "pool"}
+_ADDED = {"scaled_dot_product_attention": "attn_mask", "addmm": "self", "baddbmm": "self"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +72,8 @@ class _Sweep:
     def __init__(self, rewriter: Rewriter, low: torch.dtype) -> None:
         self.rewriter = rewriter
         self.low = low
-        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        self.made: set[fx.Node] = set()
+        self.casts: dict[tuple[fx.Node, torch.dtype, bool], fx.Node] = {}
+        self.ordinary: set[fx.Node] = set()
         self.captured = {node: _dtype(node) for node in rewriter.nodes()}
 
     def run(self) -> None:
@@ -72,27 +83,33 @@ class _Sweep:
             elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
                 self._visit(node)
             elif node.op == "call_function" and any(_is_body(n) for n in node.all_input_nodes):
-                self._restore_inputs(node)
+                self._restore_inputs(node)  # torch.cond: its bodies were captured for the dtypes of its operands
             elif node.op == "call_function":
                 self._refresh(node)
+            if self._is_ordinary(node):
+                self.ordinary.add(node)
 
     def _restore_inputs(self, node: fx.Node) -> None:
-        """A higher-order op (torch.cond): its bodies were captured for the dtypes that its operands had."""
+        """Let *node* see the dtypes that it was captured for."""
         for value in node.all_input_nodes:
             was = self.captured.get(value)
             if was is not None and _dtype(value) != was:
                 node.replace_input_with(value, self._cast(value, was, node))
 
     def _visit(self, node: fx.Node) -> None:
+        if ops.precision(node) == "same":
+            self._restore_inputs(node)
+            return
         if ops.kind(node) == "cast":
             self._refresh(node)
             return
         inputs = [n for n in node.all_input_nodes if _dtype(n) in (_WIDE, self.low)]
         was = node.meta["val"]
         want = self._wanted(node, inputs)
+        mask = self._mask(node)
         for value in inputs:
             if _dtype(value) != want:
-                node.replace_input_with(value, self._cast(value, want, node))
+                node.replace_input_with(value, self._cast(value, want, node, clamped=value is mask))
         self._refresh(node)
         if _floats(node.meta["val"]) != _floats(was):
             self.rewriter.edits += 1
@@ -106,10 +123,36 @@ class _Sweep:
             return _WIDE
         if not self._fits(node, precision):
             return _WIDE
+        if any(n.meta["val"].layout != torch.strided for n in inputs):
+            self.rewriter.skip(node, "it reads a sparse tensor")
+            return _WIDE
+        mask = self._mask(node)
+        if self.low == torch.float16 and mask is not None:
+            self.rewriter.skip(node, f"it adds {mask.name}, which may hold numbers beyond fp16 (a mask)")
+            return _WIDE
         if precision == "low":
             return self.low
         low = [n for n in computed if _dtype(n) == self.low]
         return self.low if precision == "follow" and computed and len(low) == len(computed) else _WIDE
+
+    def _mask(self, node: fx.Node) -> fx.Node | None:
+        """What *node* adds to its sum of products, if it is in fp32 and may hold numbers beyond the low dtype."""
+        name = "residual" if ops.is_fused(node) else _ADDED.get(ops.packet(node))
+        added = ops.arguments(node)[name] if name else None
+        return added if added is not None and _dtype(added) == _WIDE and added not in self.ordinary else None
+
+    def _is_ordinary(self, node: fx.Node) -> bool:
+        """Whether the values of *node* are surely no mask: arithmetic on weights and activations."""
+        if node.op == "get_attr":
+            tensor = self.rewriter.tensor(node)
+            dense = tensor is not None and tensor.is_floating_point() and tensor.layout == torch.strided
+            return dense and _saturated(tensor, self.low) is tensor
+        if ops.kind(node) in _ORDINARY:
+            return True
+        inputs = [n for n in node.all_input_nodes if _floats(n.meta.get("val"))]
+        if ops.kind(node) not in _PASSED_ON or not inputs or not self._fits(node, "full"):
+            return False
+        return all(n in self.ordinary for n in inputs)
 
     def _fits(self, node: fx.Node, precision: ops.Precision) -> bool:
         """Whether every number and constant of *node* is in the range of the low dtype (a mask of -1e9 is not)."""
@@ -121,23 +164,30 @@ class _Sweep:
         held = [self.rewriter.tensor(n) for n in node.all_input_nodes] if precision == "follow" else []
         return all(torch.equal(t, _saturated(t, self.low)) for t in held if t is not None and t.is_floating_point())
 
-    def _cast(self, value: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
-        """*value* in *dtype*: a new constant for a constant, one cast op for all users of anything else."""
-        source = value.args[0] if value in self.made else value
-        if isinstance(source, fx.Node) and _dtype(source) == dtype:
-            return source
-        key = (value, dtype)
+    def _cast(self, value: fx.Node, dtype: torch.dtype, user: fx.Node, *, clamped: bool = False) -> fx.Node:
+        """*value* in *dtype*: a new constant for a constant, one cast op for all users of anything else.
+
+        *clamped*: finite numbers stay finite.
+        """
+        key = (value, dtype, clamped)
         if key not in self.casts:
             tensor = self.rewriter.tensor(value)
             if tensor is not None:
                 self.casts[key] = self.rewriter.constant(f"{value.target}", _saturated(tensor, dtype).to(dtype))
             else:
                 place = value.next if value.op == "call_function" else self.rewriter.first_call()
-                self.casts[key] = self.rewriter.call(
-                    aten._to_copy.default, (value,), {"dtype": dtype}, before=place, origin=user
-                )
-                self.made.add(self.casts[key])
+                source = self._clamp(value, dtype, place) if clamped else value
+                kind = {"dtype": dtype}
+                cast = self.rewriter.call(aten._to_copy.default, (source,), kind, before=place, origin=user)
+                self.casts[key] = cast
         return self.casts[key]
+
+    def _clamp(self, value: fx.Node, dtype: torch.dtype, place: fx.Node) -> fx.Node:
+        """``_saturated`` as ops."""
+        limit = torch.finfo(dtype).max
+        within = self.rewriter.call(aten.clamp.default, (value, -limit, limit), before=place)
+        infinite = self.rewriter.call(aten.isinf.default, (value,), before=place)
+        return self.rewriter.call(aten.where.self, (infinite, value, within), before=place)
 
     def _refresh(self, node: fx.Node) -> None:
         """Fresh metadata after an input changed its dtype."""
@@ -160,8 +210,9 @@ class _Sweep:
 def _saturated(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """*tensor* with finite values beyond the range of *dtype* at its ends; infinities stay."""
     limit = torch.finfo(dtype).max
-    beyond = (tensor.abs() > limit) & tensor.isfinite()
-    return tensor.clamp(-limit, limit).where(beyond, tensor) if bool(beyond.any()) else tensor
+    if tensor.numel() == 0 or max(abs(float(end)) for end in torch.aminmax(tensor)) <= limit:
+        return tensor
+    return tensor.clamp(-limit, limit).where(tensor.isfinite(), tensor)
 
 
 def _is_body(node: fx.Node) -> bool:

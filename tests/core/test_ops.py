@@ -40,6 +40,7 @@ def call(function: Callable[..., Any], *inputs: Any) -> fx.Node:
         (lambda x: x.cos(), "elementwise"),
         (lambda x: x @ x.t(), "matmul"),
         (lambda x: x.view(-1), "shape"),
+        (lambda x: x.view(torch.int32), "bits"),
         (lambda x: x.t(), "permute"),
         (lambda x: x[0], "select"),
         (lambda x: x.softmax(-1), "softmax"),
@@ -153,7 +154,10 @@ def test_precision() -> None:
     assert ops.precision(call(lambda x: x @ x.t())) == "low"
     assert ops.precision(call(lambda x: x.view(-1))) == "follow"
     assert ops.precision(call(lambda x: x.exp())) == "full"
-    assert ops.precision(call(lambda x: torch.fft.fft(x))) == "full"
+    assert ops.precision(call(lambda x: torch.fft.fft(x))) == "same"
+    assert ops.precision(call(lambda x: x.view(torch.int32))) == "same"
+    assert ops.precision(call(lambda x: x.type_as(X.double()))) == "same"
+    assert ops.precision(call(lambda x: x.double())) == "full"
 
 
 # --- fused ops

@@ -120,27 +120,6 @@ def test_a_model_in_bf16_keeps_its_outputs_in_bf16() -> None:
     assert verify.run(checked.program, [torch.randn(2, 4).bfloat16()])[0].dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float32).min, float("-inf")])
-@pytest.mark.parametrize(
-    "masked",
-    [
-        lambda m, y, v: y.masked_fill(m.mask, v),
-        lambda m, y, v: torch.where(m.mask, v, y),
-        lambda m, y, v: torch.where(m.mask, m.row, y),
-        lambda m, y, v: y + torch.where(m.mask.triu(1), v, 0.0),
-    ],
-)
-def test_masks_survive(masked: Callable[..., torch.Tensor], value: float, dtype: str) -> None:
-    """Attention masks hold numbers that low precision turns into infinity, or refuses; a row is masked whole."""
-    first = 1 if value == float("-inf") else 0  # a row of nothing but -inf is NaN in fp32, too
-    mask = torch.ones(4, 4).triu(first).bool()
-    model = Model(
-        lambda m, x: masked(m, m.layer(x), value).softmax(-1), layer=nn.Linear(4, 4), mask=mask, row=torch.tensor(value)
-    )
-    check(model, torch.randn(4, 4), dtype=dtype, before=("canonicalize", "fold-constants"))
-
-
 @pytest.mark.parametrize(
     "large",
     [lambda x: x.clamp(-1e6, 1e6), lambda x: x * 1_000_000 / 1e6, lambda x: (x + 1e6) - 1e6, lambda x: x * 1e-3],
@@ -229,3 +208,31 @@ def test_it_is_lossy_and_says_how_much() -> None:
 def test_an_unknown_dtype_is_refused_with_the_choices() -> None:
     with pytest.raises(fxopt.SpecError, match=r"'fp8' is not a choice.*bf16, fp16"):
         check(chain(nn.Linear(4, 4)), torch.randn(2, 4), dtype="fp8")
+
+
+# --- ops that look at the dtype of their inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_are_reinterpreted_in_the_captured_dtype(dtype: str) -> None:
+    sign = Model(lambda m, x: m.layer(x).view(torch.int32) < 0, layer=nn.Linear(4, 4))
+    checked = check(sign, torch.randn(2, 4), dtype=dtype)
+    assert dtypes(checked)["linear"] is DTYPES[dtype]
+    halves = Model(lambda m, x: m.layer(x).view(torch.int16)[..., 1::2] < 0, layer=nn.Linear(4, 4))
+    check(halves, torch.randn(2, 4), dtype=dtype)
+    check(halves.bfloat16(), torch.randn(2, 4).bfloat16(), dtype=dtype)
+
+
+def test_type_as_gives_the_captured_dtype() -> None:
+    model = Model(lambda m, x, i: i.type_as(m.layer(x)) - 1000.0, layer=nn.Linear(4, 4))
+    checked = check(model, torch.randn(2, 4), torch.arange(1000, 1010))
+    assert torch.equal(
+        verify.run(checked.program, [torch.randn(2, 4), torch.arange(1000, 1010)])[0], torch.arange(10.0)
+    )
+
+
+def test_an_unknown_op_sees_the_dtype_of_capture() -> None:
+    model = Model(lambda m, x: torch.fft.fft(m.layer(x)).real.cumsum(-1), layer=nn.Linear(4, 4))
+    check(model, torch.randn(2, 4))
+    low = Model(lambda m, x: m.layer(x).cumsum(-1), layer=nn.Linear(4, 4)).bfloat16()
+    assert set(dtypes(check(low, torch.randn(2, 4).bfloat16())).values()) == {torch.bfloat16}
