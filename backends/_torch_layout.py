@@ -23,7 +23,7 @@ _AS_RESHAPE = {
     aten.view_as.default: aten.reshape_as.default,
 }
 _READS_STRIDES = {"as_strided", "view_as_complex", "sym_stride", "stride", "sym_storage_offset", "as_strided_scatter"}
-_ANY_LAYOUT = {"aten", "fxopt", "mkldnn", "quantized_decomposed"}
+_ANY_LAYOUT = {"aten", "fxopt", "mkldnn", "onednn", "quantized_decomposed"}
 
 
 def settle(program: Program) -> None:

@@ -19,14 +19,14 @@ from fxopt.program import Program
 _CONV = torch.ops.mkldnn._convolution_pointwise.binary
 _CONV_INPLACE = torch.ops.mkldnn._convolution_pointwise_.binary
 _FRESH_KINDS = {"conv", "conv_transpose", "linear", "batch_norm", "norm", "softmax", "attention", "pool", "activation"}
-_FRESH_NAMESPACES = {"mkldnn", "quantized_decomposed"}
+_FRESH_NAMESPACES = {"mkldnn", "onednn", "quantized_decomposed"}
 
 
 def may_alias(node: fx.Node) -> bool:
     """Whether the result of a call may share memory with an argument."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return True
+        return not getattr(target, "gives_new_memory", False)
     if ops.namespace(node) in _FRESH_NAMESPACES:
         return target._schema.is_mutable
     if ops.kind(node) == "cast" and _casts(node):
