@@ -9,6 +9,7 @@ import torch
 
 from fxopt.backend import Executable
 from fxopt.backends import _torch_layout
+from fxopt.backends._torch_snapshot import own
 from fxopt.errors import BackendUnavailable
 from fxopt.program import Program
 from fxopt.target import Target
@@ -55,6 +56,7 @@ def lower_with_inductor(program: Program, target: Target, inputs: Sequence[Any])
             "backend_options={'inductor': True} needs a C++ compiler: install g++ or set CXX, or leave the option out"
         ) from error
     _torch_layout.settle(program)
+    own(program.constants)
     constants = dict(program.constants)
     mutable = _pass_mutable_in(program)
     module = program.to_module()

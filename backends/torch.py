@@ -17,6 +17,7 @@ from fxopt import ops
 from fxopt.backend import Backend, Executable
 from fxopt.backends import _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
 from fxopt.backends._torch_codegen import Code, generate
+from fxopt.backends._torch_snapshot import own
 from fxopt.errors import BackendUnavailable
 from fxopt.program import Program
 from fxopt.target import Target
@@ -125,6 +126,7 @@ class TorchBackend(Backend):
             _torch_layout.settle(program)
             _torch_memory.reuse_memory(program)
             program.remove_dead()
+            own(program.constants)
             return TorchExecutable(generate(program), program.constants, packed, target)
 
 
