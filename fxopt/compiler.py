@@ -14,18 +14,16 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxopt import cost, registry, spec
+from fxopt import registry, spec
 from fxopt.backend import Backend
 from fxopt.calibration import Calibration
 from fxopt.capture import Captured, capture
 from fxopt.compiled import CompiledModel, Variant
 from fxopt.errors import FxoptError, InputError
-from fxopt.lowering import Lowering
+from fxopt.lowering import Lowering, Rewritten
 from fxopt.passbase import Pass, PassContext
 from fxopt.pipeline import Pipeline, full_pipeline
-from fxopt.program import Program
 from fxopt.progress import Stages
-from fxopt.report import Report
 from fxopt.target import Target, resolve_target
 
 # Bytes of weights from which peak memory matters more than the 0.2 s that returning freed memory takes.
@@ -164,25 +162,21 @@ class Plan:
             with stages.stage("capture"):
                 captured = capture(self.model, args, kwargs, self.dynamic_shapes)
             with stages.stage("passes"):
-                program, report = self._rewrite(captured, stages)
-            report.seconds = stages.seconds
-            lower = Lowering(self, captured, program, report, stages)
-            _return_freed_memory(report.bytes[0])
-            del program  # weights live on in the lowering alone, where an engine may consume them
+                rewritten = self._rewrite(captured, stages)
+            lower = Lowering(self, captured, rewritten, stages)
+            _return_freed_memory(captured.program.nbytes())
+            del rewritten  # weights live on in the lowering alone, where an engine may consume them
             return lower.best() if self.backend == "auto" else lower.named()
 
-    def _rewrite(self, captured: Captured, stages: Stages) -> tuple[Program, Report]:
+    def _rewrite(self, captured: Captured, stages: Stages) -> Rewritten:
+        """What the passes do that suits every engine; the rest is left to the lowering to each."""
         data = None if self.calibration is None else Calibration(self.calibration, captured.program.signature)
         ctx = PassContext(self.target, captured.inputs, data)
         pipeline = Pipeline(ctx, captured.reference, self.verify, self.dump, stages.say)
-        before = captured.program
-        program, records = pipeline.run(before, self.passes)
-        name = type(self.model).__name__
-        report = Report(name, self.target.name, passes=records)
-        report.parameters = (before.numel(), program.numel())
-        report.macs = (cost.macs(before), cost.macs(program))
-        report.bytes = (before.nbytes(), program.nbytes())
-        return program, report
+        specific = (i for i, one in enumerate(self.passes) if one.engine_specific)
+        cut = next(specific, len(self.passes))
+        state = pipeline.advance(pipeline.start(captured.program), self.passes[:cut])
+        return Rewritten(pipeline, state, self.passes[cut:])
 
 
 __all__ = ["CompiledModel", "FxoptError", "compile"]

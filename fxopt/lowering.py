@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt import ops, registry, verify
+from fxopt import cost, ops, registry, verify
 from fxopt.backend import Backend
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
 from fxopt.errors import BackendUnavailable, UnsupportedOp, VerifyError
 from fxopt.measure import latency_ms
+from fxopt.passbase import Pass
+from fxopt.pipeline import Pipeline, State
 from fxopt.program import Program
 from fxopt.progress import Stages
 from fxopt.report import Report
@@ -35,23 +39,43 @@ def _engine_tolerance(exact: bool) -> float:
 
 
 @dataclasses.dataclass
+class Rewritten:
+    """A program after the passes that suit every engine, and the passes that are left, which ask for the engine."""
+
+    pipeline: Pipeline
+    state: State
+    left: Sequence[Pass]
+
+    def specialize(self, engine: str, *, one_of_many: bool) -> State:
+        """The program with all passes for *engine*; where there are several, each has a dump folder of its own."""
+        if not self.left:
+            return self.state
+        folder = self.pipeline.folder
+        if folder is not None and one_of_many:
+            folder = Path(folder) / engine
+        ctx = dataclasses.replace(self.pipeline.ctx, engine=engine)
+        return dataclasses.replace(self.pipeline, ctx=ctx, folder=folder).advance(self.state, self.left)
+
+
+@dataclasses.dataclass
 class Lowering:
     """From the rewritten program to something that runs, and the choice between engines."""
 
     plan: Plan
     captured: Captured
-    program: Program
-    report: Report
+    rewritten: Rewritten
     stages: Stages
     expected: list[Any] | None = None
+    candidates: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    latency_ms: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def named(self) -> Variant:
         """The variant on the one backend that the user chose."""
         assert isinstance(self.plan.backend, Backend)
-        variant = self._lower(self.plan.backend, self.program)
+        variant = self._lower(self.plan.backend, self._state(self.plan.backend.name))
         if self.plan.target.runs_here:
             with self.stages.stage("measure"):
-                self.report.latency_ms["fxopt"] = self._latency(variant)
+                self.latency_ms["fxopt"] = self._latency(variant)
         return self._finish(variant)
 
     def best(self) -> Variant:
@@ -61,46 +85,70 @@ class Lowering:
             try:
                 cls = registry.find_backend(name)
                 cls.require()
-                variant = self._lower(cls(), self.program.copy())  # each engine consumes its own
+                state = self._state(name)
+                state = dataclasses.replace(state, program=state.program.copy())  # each engine consumes its own
+                variant = self._lower(cls(), state)
             except (BackendUnavailable, UnsupportedOp) as error:
-                self.report.candidates[name] = str(error)
+                self.candidates[name] = str(error)
                 continue
             except Exception as error:  # noqa: BLE001 - one broken engine must not keep the others from being tried
-                self.report.candidates[name] = f"failed, {type(error).__name__}: {error}"
+                self.candidates[name] = f"failed, {type(error).__name__}: {error}"
                 warnings.warn(f"fxopt: backend {name} is left out, it failed: {error}", stacklevel=4)
                 continue
             if not self.plan.target.runs_here:
                 return self._finish(variant)
             with self.stages.stage("measure"):
                 latency = self._latency(variant)
-            self.report.candidates[name] = latency
-            if best is None or latency < self.report.latency_ms["fxopt"]:
-                best, self.report.latency_ms["fxopt"] = variant, latency
+            self.candidates[name] = latency
+            if best is None or latency < self.latency_ms["fxopt"]:
+                best, self.latency_ms["fxopt"] = variant, latency
         if best is None:
-            reasons = "; ".join(f"{k}: {v}" for k, v in self.report.candidates.items())
+            reasons = "; ".join(f"{k}: {v}" for k, v in self.candidates.items())
             raise BackendUnavailable(f"no backend of target {self.plan.target} takes this model: {reasons}")
         return self._finish(best)
 
-    def _lower(self, backend: Backend, program: Program) -> Variant:
-        """*program* on *backend*. Its constants go to the engine, its graph stays readable."""
+    def _state(self, engine: str) -> State:
+        with self.stages.stage("passes"):
+            return self.rewritten.specialize(engine, one_of_many=self.plan.backend == "auto")
+
+    def _lower(self, backend: Backend, state: State) -> Variant:
+        """The program of *state* on *backend*. Its constants go to the engine, its graph stays readable."""
+        program, report = state.program, self._report(state, backend)
+        if self.rewritten.left:
+            self.expected = None  # each engine has a graph of its own
         if self.expected is None and self.plan.verify and self.plan.target.runs_here:
             self.expected = verify.run(program, self.captured.inputs)
         with self.stages.stage("lower"):
             self.stages.say(f"lowering to {backend.name}")
-            self.report.engine_exact = backend.exact
             owned = Program(program.copy().graph, program.constants, program.signature)
             executable = backend.lower(owned, self.plan.target, self.captured.inputs)
         names = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
         program.constants = {name: value for name, value in program.constants.items() if name in names}
-        variant = Variant(program, executable, backend.name, self.report)
+        variant = Variant(program, executable, backend.name, report)
         if self.expected is not None and not self._random:
             self._check(variant)
         return variant
 
+    def _report(self, state: State, backend: Backend) -> Report:
+        before, after = self.captured.program, state.program
+        return Report(
+            type(self.plan.model).__name__,
+            self.plan.target.name,
+            backend.name,
+            state.records,
+            (before.numel(), after.numel()),
+            (cost.macs(before), cost.macs(after)),
+            (before.nbytes(), after.nbytes()),
+            self.latency_ms,
+            self.candidates,
+            self.stages.seconds,
+            engine_exact=backend.exact,
+        )
+
     @property
     def _random(self) -> bool:
         """Whether the model draws random numbers: then no two runs can be compared."""
-        return any(ops.is_random(node) for node in self.program.graph.nodes)
+        return any(ops.is_random(node) for node in self.captured.program.graph.nodes)
 
     def _check(self, variant: Variant) -> None:
         """The lowered program answers like the graph it was made from."""
@@ -108,7 +156,7 @@ class Lowering:
         with self.stages.stage("measure"):
             outputs = variant.executable(self.captured.inputs)
         difference = verify.compare(self.expected, outputs)
-        if difference.error <= _engine_tolerance(self.report.exact) and difference.mismatched <= _MISMATCHED:
+        if difference.error <= _engine_tolerance(variant.report.exact) and difference.mismatched <= _MISMATCHED:
             return
         truth = verify.run_double(variant.whole_program(), self.captured.inputs)
         if not verify.is_rounding(truth, self.expected, outputs):
@@ -119,14 +167,13 @@ class Lowering:
         return latency_ms(lambda: variant.executable(inputs))
 
     def _finish(self, variant: Variant) -> Variant:
-        self.report.backend = variant.backend
         if not self.plan.target.runs_here:
             return variant
         with self.stages.stage("measure"):
             outputs = variant.executable(self.captured.inputs)[: len(self.captured.reference)]
             if not self._random:
-                self.report.error = verify.compare(self.captured.reference, outputs).error
-            self.report.latency_ms["eager"] = self._eager_latency()
+                variant.report.error = verify.compare(self.captured.reference, outputs).error
+            self.latency_ms["eager"] = self._eager_latency()
         return variant
 
     def _eager_latency(self) -> float:

@@ -23,11 +23,13 @@ class PassContext:
         target: the machine compiled for.
         inputs: flat example inputs, one for each placeholder.
         calibration: the user's calibration data, or None.
+        engine: name of the backend that the graph is for; "" as long as that is open.
     """
 
     target: Target
     inputs: Sequence[Any]
     calibration: Calibration | None = None
+    engine: str = ""
 
     def batches(self, who: Pass) -> Iterator[list[Any]]:
         """Flat inputs of each calibration batch.
@@ -51,12 +53,18 @@ class Pass(abc.ABC):
         exact: the rewritten graph computes the same, within floating-point tolerance.
         runs_after: passes that, where they are in the pipeline too, must stand before this one.
         runs_before: passes that must stand after this one.
+        engine_specific: what the pass does depends on ``ctx.engine``; it, and what follows it, runs once for each.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = ()
     runs_before: ClassVar[tuple[str, ...]] = ()
+    engine_specific: ClassVar[bool] = False
+
+    def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of passes that run, unless the user lists them: right before this one, and after all listed ones."""
+        return (), ()
 
     @abc.abstractmethod
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:

@@ -40,11 +40,12 @@ LAST = (
 
 
 def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> list[Pass]:
-    """*listed* completed with the exact passes of FIRST and LAST that it does not name itself.
+    """*listed* completed with what it brings along, and with the exact passes of FIRST and LAST; none of them twice.
 
     Raises:
         PreconditionError: *listed* is in an order that cannot work; the message says why.
     """
+    listed = _with_companions(listed, find)
     check_order(listed)
     named = {p.name for p in listed}
     passes = [find(name)() for name in FIRST if name not in named] + list(listed)
@@ -54,6 +55,17 @@ def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> 
             passes.insert(_place(missing, passes), missing)
     check_order(passes)
     return passes
+
+
+def _with_companions(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> list[Pass]:
+    named, passes, final = {p.name for p in listed}, list[Pass](), list[Pass]()
+    for one in listed:
+        before, after = one.companions()
+        for names, place in ((before, passes), (after, final)):
+            place.extend(find(name)() for name in names if name not in named)
+            named.update(names)
+        passes.append(one)
+    return passes + final
 
 
 def _place(missing: Pass, passes: Sequence[Pass]) -> int:
@@ -76,6 +88,21 @@ def check_order(passes: Sequence[Pass]) -> None:
 def _why(early: Pass, late: Pass) -> str:
     rule = f"{early.name} declares runs_after {late.name}"
     return rule if late.name in early.runs_after else f"{late.name} declares runs_before {early.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A program on its way through the pipeline.
+
+    Attributes:
+        program: as it is now.
+        reference: flat outputs that the next exact pass is compared with.
+        records: what each pass did so far.
+    """
+
+    program: Program
+    reference: list[Any]
+    records: list[PassRecord]
 
 
 @dataclasses.dataclass
@@ -103,9 +130,26 @@ class Pipeline:
             PassError: a pass failed. The message names the pass and those before it, ``error.dump`` holds the graph
                 that was kept.
         """
+        state = self.advance(self.start(program), passes)
+        return state.program, state.records
+
+    def start(self, program: Program) -> State:
+        """*program* as captured, checked against the model.
+
+        Raises:
+            VerifyError: it does not compute what the model does.
+        """
         self._dump(program, 0, "capture")
-        reference, records = self._check_capture(program), list[PassRecord]()
-        for index, one in enumerate(passes, start=1):
+        return State(program, self._check_capture(program), [])
+
+    def advance(self, state: State, passes: Sequence[Pass]) -> State:
+        """*state* after *passes*; it is left as it is itself, so that it can be gone on from in another way.
+
+        Raises:
+            PassError: as for :meth:`run`.
+        """
+        program, reference, records = state.program, state.reference, list(state.records)
+        for index, one in enumerate(passes, start=len(records) + 1):
             self.progress(one.name)
             try:
                 program, record, reference = self._step(one, program, reference)
@@ -116,7 +160,7 @@ class Pipeline:
                 raise self._failed(one, wrapped, records, program) from error
             records.append(record)
             self._dump(program, index, one.name)
-        return program, records
+        return State(program, reference, records)
 
     def _check_capture(self, program: Program) -> list[Any]:
         """The outputs that passes are held to, writebacks included: the graph as captured answers like the model."""

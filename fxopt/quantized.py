@@ -9,14 +9,14 @@ Importing this module registers them; no other module of fxopt touches ``torch.a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # noqa: F401 - defines the ops
 from torch import fx
 
-from fxopt import ops
+from fxopt import execute, ops
 
 _qd = torch.ops.quantized_decomposed
 
@@ -90,5 +90,12 @@ def _dequantize(
     return torch._make_per_tensor_quantized_tensor(q, scale, zero_point).dequantize()
 
 
-# Faster forms of the ops for running them on a CPU, equal to them.
-FAST: dict[Any, Callable[..., torch.Tensor]] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
+def _settle_warnings() -> None:
+    """PyTorch says once in a process that quantized tensors are deprecated; that is for us to know, not the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _quantize(torch.zeros(1), 1.0, 0, 0, 255, torch.uint8)
+
+
+_settle_warnings()
+execute.FASTER.update({QUANTIZE: _quantize, DEQUANTIZE: _dequantize})

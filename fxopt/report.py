@@ -9,8 +9,8 @@ import dataclasses
 import io
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -36,6 +36,7 @@ class PassRecord:
         bytes: weights (before, after).
         seconds: time for the pass and its verification.
         difference: outputs against those before the pass (against eager for exact ones); None if not compared.
+        details: what else the pass reports, by topic.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PassRecord:
     bytes: tuple[int, int]
     seconds: float
     difference: Difference | None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -60,7 +62,17 @@ class PassRecord:
         sizes = (before.nbytes(), after.nbytes())
         skips, notes = tuple(rewriter.skips), tuple(rewriter.notes)
         return PassRecord(
-            one.name, spec.format([one]), one.exact, rewriter.edits, skips, notes, calls, sizes, seconds, difference
+            one.name,
+            spec.format([one]),
+            one.exact,
+            rewriter.edits,
+            skips,
+            notes,
+            calls,
+            sizes,
+            seconds,
+            difference,
+            rewriter.details,
         )
 
 
@@ -103,6 +115,11 @@ class Report:
     def exact(self) -> bool:
         """Whether every pass that changed something, and the engine, promise the same answers."""
         return self.engine_exact and all(p.exact for p in self.passes if p.edits)
+
+    @property
+    def quantization(self) -> Any:
+        """Outputs and layers against float (a ``Quality`` of insert-fake-quant), or None where nothing was quantized."""
+        return next((p.details["quantization"] for p in self.passes if "quantization" in p.details), None)
 
     @property
     def skips(self) -> list[Skip]:

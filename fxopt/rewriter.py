@@ -44,6 +44,7 @@ class Rewriter:
         edits: how many edits were made.
         skips: candidates left alone, with reasons.
         notes: remarks for the report that belong to no node.
+        details: what else the pass has to report, by topic.
     """
 
     def __init__(self, program: Program) -> None:
@@ -51,6 +52,7 @@ class Rewriter:
         self.edits = 0
         self.skips: list[Skip] = []
         self.notes: list[str] = []
+        self.details: dict[str, Any] = {}
         self._mode = fake_mode(program)
         self._skipped: set[tuple[str, str]] = set()
         self._first_call: fx.Node | None = None
@@ -73,12 +75,12 @@ class Rewriter:
     def tensor(self, node: object) -> torch.Tensor | None:
         """The constant tensor that a get_attr *node* stands for, or None for anything else.
 
-        A buffer that the model mutates is no constant.
+        A buffer that the model mutates is no constant, and a sparse tensor none that a pass could compute with.
         """
         if not isinstance(node, fx.Node) or node.op != "get_attr" or str(node.target) in self._mutable:
             return None
         value = self.program.constants[str(node.target)]
-        return value if isinstance(value, torch.Tensor) else None
+        return value if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
 
     def constant(self, hint: str, value: torch.Tensor) -> fx.Node:
         """A get_attr node for a new constant named after *hint*, standing before all computation."""

@@ -63,6 +63,8 @@ def _is_constant(node: fx.Node, rewriter: Rewriter) -> bool:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor) or not all(isinstance(d, int) for d in fake.shape):
         return False
+    if ops.namespace(node) == "quantized_decomposed" and "dequantize" in ops.packet(node):
+        return False  # small integers are what quantization is for
     if not ops.is_pure(node) or not isinstance(node.target, torch._ops.OpOverload):
         return False
     return all(rewriter.tensor(n) is not None for n in node.all_input_nodes)
