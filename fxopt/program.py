@@ -57,8 +57,8 @@ class Program:
 
     def nbytes(self) -> int:
         """Bytes of all constants, shared storage counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors().values()}
-        return sum(storages.values())
+        storages = [part.untyped_storage() for t in self.tensors().values() for part in _dense_parts(t)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def numel(self) -> int:
         """Number of floating-point constants' elements (the parameters of the model, statistics included)."""
@@ -83,6 +83,17 @@ class Program:
         for name in set(self.constants) - used:
             del self.constants[name]
         return removed
+
+
+def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself, or the ones that a sparse tensor consists of."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def _is_tensor(value: object) -> bool:

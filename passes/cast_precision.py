@@ -145,8 +145,7 @@ class _Sweep:
         """Whether the values of *node* are surely no mask: arithmetic on weights and activations."""
         if node.op == "get_attr":
             tensor = self.rewriter.tensor(node)
-            dense = tensor is not None and tensor.is_floating_point() and tensor.layout == torch.strided
-            return dense and _saturated(tensor, self.low) is tensor
+            return tensor is not None and tensor.is_floating_point() and _saturated(tensor, self.low) is tensor
         if ops.kind(node) in _ORDINARY:
             return True
         inputs = [n for n in node.all_input_nodes if _floats(n.meta.get("val"))]
