@@ -1,0 +1,140 @@
+"""Outlier channels move from activations, where one scale serves all, into weights, where each row has its own. Exact.
+
+    linear(layer_norm(x, γ, β), W)   →   linear(layer_norm(x, γ/s, β/s), W·s)        s = max|x|^α / max|W|^(1−α)
+    linear(x, W)                     →   linear(x · (1/s), W·s)                      where no norm can take the 1/s
+
+s has one entry for each input channel, the maxima are over calibration data and over all weights that read the value
+(Xiao et al., SmoothQuant, ICML 2023, equation 4). Where no channel stands out nothing is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxopt import ops
+from fxopt.execute import evaluate
+from fxopt.passbase import Pass, PassContext
+from fxopt.rewriter import Rewriter
+
+aten = torch.ops.aten
+_SUFFIX = "_smoothed"  # of a weight's name: it is not smoothed again
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothQuant(Pass):
+    """Even out the input channels of linears before they are quantized.
+
+    Attributes:
+        alpha: how much of the difficulty goes to the weights, from 0 (none) to 1 (all).
+        threshold: how many times the median channel the largest one must reach before anything is done.
+    """
+
+    name: ClassVar[str] = "smooth-quant"
+    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "fold-constants", "fuse-conv-bn-relu", "merge-linears")
+    runs_before: ClassVar[tuple[str, ...]] = ("insert-fake-quant", "cast-precision")
+    alpha: float = 0.5
+    threshold: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, not {self.alpha}")
+
+    def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        """One run over the calibration data, then one edit for each value with outlier channels.
+
+        Raises:
+            PreconditionError: there is no calibration data.
+        """
+        readers = _readers(rewriter)
+        if not readers:
+            return
+        extents = _extents(rewriter, ctx.batches(self), set(readers))
+        for value, linears in readers.items():
+            extent = extents[value]
+            median = float(extent.median())
+            free = set(value.users) == set(linears) and _takes_factor(rewriter, value, extent.shape)
+            if not free and value.meta["val"].dim() < 3:
+                continue  # pooled features, which have no tokens: a multiplication would cost more than it saves
+            if median > 0 and float(extent.max()) > self.threshold * median:
+                self._smooth(rewriter, value, linears, extent)
+
+    def _smooth(self, rewriter: Rewriter, value: fx.Node, linears: list[fx.Node], extent: torch.Tensor) -> None:
+        weights = [rewriter.tensor(ops.arguments(linear)["weight"]) for linear in linears]
+        largest = torch.stack([w.detach().float().abs().amax(0) for w in weights if w is not None]).amax(0)
+        scale = extent.clamp_min(1e-5) ** self.alpha / largest.clamp_min(1e-5) ** (1 - self.alpha)
+        scale = (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)
+        for linear, weight in zip(linears, weights, strict=True):
+            assert weight is not None
+            node = ops.arguments(linear)["weight"]
+            wider = rewriter.constant(f"{node.target}{_SUFFIX}", (weight.double() * scale.double()).to(weight.dtype))
+            rewriter.rewire(linear, node, wider)
+        divisor = 1 / scale
+        if set(value.users) == set(linears) and _scale_producer(rewriter, value, divisor):
+            return
+        factor = rewriter.constant(f"{value.name}_smoothing", divisor)
+        before = value.next if value.op == "call_function" else rewriter.first_call()
+        even = rewriter.call(aten.mul.Tensor, (value, factor), before=before, origin=value)
+        for linear in linears:
+            rewriter.rewire(linear, value, even)
+
+
+def _readers(rewriter: Rewriter) -> dict[fx.Node, list[fx.Node]]:
+    """For each float32 value, the linears with constant weights that read it."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in rewriter.nodes():
+        if ops.kind(node) != "linear" or node.meta["val"].dtype is not torch.float32:
+            continue
+        x, weight = node.all_input_nodes[0], rewriter.tensor(ops.arguments(node)["weight"])
+        smoothed = str(ops.arguments(node)["weight"].target).endswith(_SUFFIX) if weight is not None else False
+        if weight is not None and not smoothed and x.op != "get_attr":
+            readers.setdefault(x, []).append(node)
+    return readers
+
+
+def _extents(rewriter: Rewriter, batches: Any, values: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """Largest magnitude of each channel (the last axis) over all batches."""
+    extents: dict[fx.Node, torch.Tensor] = {}
+
+    def look(node: fx.Node, value: Any) -> None:
+        if node in values:
+            largest = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
+            extents[node] = torch.maximum(extents[node], largest) if node in extents else largest
+
+    for batch in batches:
+        _run(rewriter, batch, look)
+    return extents
+
+
+def _run(rewriter: Rewriter, batch: Sequence[Any], look: Any) -> None:
+    evaluate(rewriter.program, batch, observe=look)
+
+
+def _scale_producer(rewriter: Rewriter, value: fx.Node, factor: torch.Tensor) -> bool:
+    """Let what makes *value* multiply it by *factor*; False where it cannot."""
+    if ops.packet(value) in ("layer_norm", "rms_norm"):
+        a = ops.arguments(value)
+        if tuple(a["normalized_shape"]) != tuple(factor.shape):
+            return False
+        gain, shift = a["weight"], a.get("bias")
+        if any(n is not None and rewriter.tensor(n) is None for n in (gain, shift)):
+            return False
+        old = rewriter.tensor(gain)
+        a["weight"] = rewriter.constant(f"{value.name}_weight", factor if old is None else old * factor)
+        if shift is not None:
+            a["bias"] = rewriter.constant(f"{value.name}_bias", rewriter.tensor(shift) * factor)
+        positional = [a[name] for name in ("input", "normalized_shape", "weight", "bias", "eps") if name in a]
+        rewriter.replace(value, rewriter.call(value.target, positional, before=value))  # type: ignore[arg-type]
+        return True
+    if ops.packet(value) == "mul" and ops.namespace(value) == "aten":  # x · gain: a norm written out in arithmetic
+        for side, other in ((0, 1), (1, 0)):
+            gain, x = rewriter.tensor(value.args[side]), value.args[other]
+            if gain is not None and gain.shape == factor.shape and isinstance(x, fx.Node):
+                new = rewriter.constant(f"{value.name}_gain", gain * factor)
+                rewriter.replace(value, rewriter.call(aten.mul.Tensor, (x, new), before=value))
+                return True
+    return False
