@@ -15,7 +15,7 @@ import torch
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable
-from fxopt.backends import _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
+from fxopt.backends import _torch_int8, _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
 from fxopt.backends._torch_codegen import Code, generate
 from fxopt.backends._torch_snapshot import own
 from fxopt.errors import BackendUnavailable
@@ -121,7 +121,7 @@ class TorchBackend(Backend):
             _drop_asserts(program)
             packed: dict[str, Callable[[], torch.Tensor]] = {}
             if target.runs_here and target.arch == "x86_64" and torch.backends.mkldnn.is_available():
-                packed = _torch_onednn.lower(program)
+                packed = {**_torch_int8.lower(program), **_torch_onednn.lower(program)}
             _torch_peephole.rewrite(program)
             _torch_layout.settle(program)
             _torch_memory.reuse_memory(program)
