@@ -3,6 +3,10 @@
 view(x, s)          →  reshape(x, s)            a view of a channels_last tensor may need a copy
 as_strided(x, ...)  →  as_strided(contiguous(x), ...)   whatever reads strides or raw memory gets what it expects
 return y            →  return contiguous(y)     the caller sees the strides that eager gives
+
+So a program is a function of values: the layout of an input does not matter, and outputs have the strides that eager
+gives for the example inputs, whatever layout those of a call have. Where a model looks at strides itself (as_strided,
+custom ops), it sees those of the example inputs, for which it was captured.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ def settle(program: Program) -> None:
             node.target = _AS_RESHAPE[node.target]
         elif _reads_layout(node):
             for value in node.all_input_nodes:
-                if value.op == "call_function":
+                if value.op != "get_attr":  # a constant is as it was
                     node.replace_input_with(value, _laid_out(value, node))
     _settle_outputs(program)
 

@@ -1,4 +1,4 @@
-"""Results in channels_last where the graph was captured for contiguous ones."""
+"""Results in channels_last where the graph was captured for contiguous ones, and inputs in any layout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from tests.backends.torch_models import Views, check, image
+from fxopt import verify
+from tests.backends.torch_models import BIG, Views, check, image, lower, strides
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,87 @@ def test_custom_ops_see_the_strides_of_capture() -> None:
 
     strides.register_fake(lambda x: torch.empty(x.dim(), dtype=torch.int64))
     check(Views(lambda y: strides(y) + 0), image(), calls="fxopt_test_strides")
+
+
+# Inputs in another layout than the example.
+
+
+def gapped(x: torch.Tensor) -> torch.Tensor:
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 7.0)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "gapped": gapped,
+    "turned": turned,
+}
+
+
+@pytest.mark.parametrize("example", LAYOUTS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.conv(x),
+        lambda m, x: m.pixel(x).relu() + x,
+        lambda m, x: m.pixel(m.conv(x)) + m.conv(x),
+        lambda m, x: (x + 1, x.exp().mul(2)),
+        lambda m, x: x.reshape(-1, 4 * BIG * BIG),
+        lambda m, x: m.layer(x.permute(0, 2, 3, 1)).sum(-1),
+        lambda m, x: m.layer(x.transpose(1, 3)),
+        lambda m, x: (x.flatten(1), x.softmax(1), x.max()),
+        lambda m, x: torch.cat([m.conv(x), x], 1)[:, ::2],
+        lambda m, x: F.adaptive_avg_pool2d(m.conv(x), 1).flatten(1),
+        lambda m, x: x,
+        lambda m, x: F.dropout(x, 0.0, training=True).flatten(),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inputs_in_another_layout(function: Callable[..., Any], example: str, dynamic: bool) -> None:
+    model = Layers(function)
+    x = LAYOUTS[example](image(2, 4, BIG, BIG))
+    executable = lower(model, (x,), {"x": {0: "batch"}} if dynamic else None)
+    example_strides = [strides(y) for y in executable([x])]
+    for layout in LAYOUTS.values():
+        x = layout(image(2, 4, BIG, BIG))
+        outputs, eager = executable([x]), model(x)
+        wanted = list(eager) if isinstance(eager, tuple) else [eager]
+        assert verify.compare(wanted, outputs).within, executable.source
+        for y, w, expected in zip(outputs, wanted, example_strides, strict=True):
+            assert strides(y) in (strides(w), expected) or y.is_contiguous()
+
+
+@pytest.mark.parametrize("example", ["contiguous", "channels_last", "turned"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.as_strided(x.shape, x.stride()) * 2,
+        lambda m, x: (x * 2).as_strided(x.shape, (x * 2).stride()) + x,
+        lambda m, x: x.permute(0, 2, 1, 3).as_strided(x.shape, x.stride()),
+    ],
+)
+def test_models_that_look_at_strides(function: Callable[..., Any], example: str) -> None:
+    """They were captured for those of the example, and go on to see them."""
+    model, x = Layers(function), LAYOUTS[example](image(2, 4, BIG, BIG))
+    executable = lower(model, (x,))
+    for layout in LAYOUTS.values():
+        x = LAYOUTS[example](image(2, 4, BIG, BIG))
+        assert verify.compare([model(x)], executable([layout(x)])).within, executable.source
+
+
+class Layers(nn.Module):
+    """A function of an image and of layers of every kind."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.conv, self.pixel, self.layer = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Linear(4, 300)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
