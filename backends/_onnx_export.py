@@ -21,6 +21,7 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backends import _onnx_graph as onnx_graph
+from fxopt.backends import _onnx_int8
 from fxopt.backends._onnx_file import EMBEDDED, Interface, OnnxFile
 from fxopt.errors import SpecError, UnsupportedOp
 from fxopt.program import Program
@@ -53,9 +54,14 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
     with _export_lock, _quiet(), torch.no_grad():
         registry = onnx_graph.registry_for(opset)
         onnx_graph.prepare(program, registry)
+        quantized = _onnx_int8.is_quantized(program)
+        if quantized:
+            _onnx_int8.flatten_linears(program)
         interface = _interface(program)
         model, origins = _translate(program, registry)
         _clean(model, opset)
+        if quantized:
+            _onnx_int8.match_kernels(model)
         _name(model, program)
         file = OnnxFile(model, interface, origins)
         _release(model, program)

@@ -74,7 +74,8 @@ class SmoothQuant(Pass):
             wider = rewriter.constant(f"{node.target}{_SUFFIX}", (weight.double() * scale.double()).to(weight.dtype))
             rewriter.rewire(linear, node, wider)
         divisor = 1 / scale
-        if set(value.users) == set(linears) and _scale_producer(rewriter, value, divisor):
+        if set(value.users) == set(linears) and _takes_factor(rewriter, value, divisor.shape):
+            _scale_producer(rewriter, value, divisor)
             return
         factor = rewriter.constant(f"{value.name}_smoothing", divisor)
         before = value.next if value.op == "call_function" else rewriter.first_call()
@@ -114,27 +115,38 @@ def _run(rewriter: Rewriter, batch: Sequence[Any], look: Any) -> None:
     evaluate(rewriter.program, batch, observe=look)
 
 
-def _scale_producer(rewriter: Rewriter, value: fx.Node, factor: torch.Tensor) -> bool:
-    """Let what makes *value* multiply it by *factor*; False where it cannot."""
+def _takes_factor(rewriter: Rewriter, value: fx.Node, shape: torch.Size) -> bool:
+    """Whether what makes *value* can multiply each channel by a factor: a norm, or a gain written out as a product."""
     if ops.packet(value) in ("layer_norm", "rms_norm"):
         a = ops.arguments(value)
-        if tuple(a["normalized_shape"]) != tuple(factor.shape):
-            return False
-        gain, shift = a["weight"], a.get("bias")
-        if any(n is not None and rewriter.tensor(n) is None for n in (gain, shift)):
-            return False
-        old = rewriter.tensor(gain)
-        a["weight"] = rewriter.constant(f"{value.name}_weight", factor if old is None else old * factor)
-        if shift is not None:
-            a["bias"] = rewriter.constant(f"{value.name}_bias", rewriter.tensor(shift) * factor)
-        positional = [a[name] for name in ("input", "normalized_shape", "weight", "bias", "eps") if name in a]
-        rewriter.replace(value, rewriter.call(value.target, positional, before=value))  # type: ignore[arg-type]
-        return True
-    if ops.packet(value) == "mul" and ops.namespace(value) == "aten":  # x · gain: a norm written out in arithmetic
-        for side, other in ((0, 1), (1, 0)):
-            gain, x = rewriter.tensor(value.args[side]), value.args[other]
-            if gain is not None and gain.shape == factor.shape and isinstance(x, fx.Node):
-                new = rewriter.constant(f"{value.name}_gain", gain * factor)
-                rewriter.replace(value, rewriter.call(aten.mul.Tensor, (x, new), before=value))
-                return True
-    return False
+        held = all(n is None or rewriter.tensor(n) is not None for n in (a["weight"], a.get("bias")))
+        return held and tuple(a["normalized_shape"]) == tuple(shape)
+    return _gain_side(rewriter, value, shape) is not None
+
+
+def _gain_side(rewriter: Rewriter, value: fx.Node, shape: torch.Size) -> int | None:
+    """Which operand of the product *value* is a constant gain of one entry for each channel."""
+    if ops.packet(value) != "mul" or ops.namespace(value) != "aten":
+        return None
+    held = [rewriter.tensor(operand) for operand in value.args]
+    sides = [i for i, gain in enumerate(held) if gain is not None and gain.shape == shape]
+    return sides[0] if sides and isinstance(value.args[1 - sides[0]], fx.Node) else None
+
+
+def _scale_producer(rewriter: Rewriter, value: fx.Node, factor: torch.Tensor) -> None:
+    """Let what makes *value* multiply it by *factor*."""
+    side = _gain_side(rewriter, value, factor.shape)
+    if side is not None:
+        gain = rewriter.tensor(value.args[side])
+        assert gain is not None
+        new = rewriter.constant(f"{value.name}_gain", gain * factor)
+        rewriter.replace(value, rewriter.call(aten.mul.Tensor, (value.args[1 - side], new), before=value))
+        return
+    a = ops.arguments(value)
+    gain, shift = rewriter.tensor(a["weight"]), rewriter.tensor(a.get("bias"))
+    a["weight"] = rewriter.constant(f"{value.name}_weight", factor if gain is None else gain * factor)
+    if shift is not None:
+        a["bias"] = rewriter.constant(f"{value.name}_bias", shift * factor)
+    positional = [a[name] for name in ("input", "normalized_shape", "weight", "bias", "eps") if name in a]
+    assert callable(value.target)
+    rewriter.replace(value, rewriter.call(value.target, positional, before=value))
