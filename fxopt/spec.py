@@ -182,6 +182,8 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     """*value* if it is of the type *hint* (an int serves as a float); SpecError otherwise."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
+        if value is None and None not in args:
+            value = "none"  # the word for nothing, where it is one of the choices
         if value in args and type(value) in {type(a) for a in args}:
             return value
         raise SpecError(f"{where}: {value!r} is not a choice.{near_miss(str(value), map(str, args))}")
