@@ -21,7 +21,7 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backends import _onnx_graph as onnx_graph
-from fxopt.backends import _onnx_int8
+from fxopt.backends import _onnx_int8, _onnx_quantized_ops
 from fxopt.backends._onnx_file import EMBEDDED, Interface, OnnxFile
 from fxopt.errors import SpecError, UnsupportedOp
 from fxopt.program import Program
@@ -40,21 +40,25 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
 
     Args:
         program: owned by this call.
-        opset: version of the ONNX operators; None for 20, or 22 where something is bf16.
+        opset: version of the ONNX operators; None for 20, or 22 where something is bf16 and 21 where weights are
+            quantized in groups.
 
     Raises:
         UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
         SpecError: no such opset.
     """
     if opset is None:
-        opset = _BF16_OPSET if any(of_dtype(node, torch.bfloat16) for node in program.graph.nodes) else _OPSET
+        opset = _onnx_quantized_ops.BLOCKS_OPSET if _onnx_quantized_ops.has_blocks(program) else _OPSET
+        opset = _BF16_OPSET if any(of_dtype(node, torch.bfloat16) for node in program.graph.nodes) else opset
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise SpecError(f"opset must be from {OPSETS[0]} to {OPSETS[1]}, not {opset}")
     _refuse(program)
     with _export_lock, _quiet(), torch.no_grad():
         registry = onnx_graph.registry_for(opset)
-        onnx_graph.prepare(program, registry)
         quantized = _onnx_int8.is_quantized(program)
+        if quantized:
+            _onnx_quantized_ops.register(registry)
+        onnx_graph.prepare(program, registry)
         if quantized:
             _onnx_int8.flatten_linears(program)
         interface = _interface(program)
@@ -62,6 +66,7 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
         _clean(model, opset)
         if quantized:
             _onnx_int8.match_kernels(model)
+            _onnx_quantized_ops.pack_blocks(model)
         _name(model, program)
         file = OnnxFile(model, interface, origins)
         _release(model, program)

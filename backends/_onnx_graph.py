@@ -33,6 +33,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from fxopt import ops
+from fxopt.backends import _onnx_quantized_ops
 from fxopt.errors import UnsupportedOp
 from fxopt.program import Program, source_line
 from fxopt.rewriter import Rewriter, fake_mode
@@ -84,6 +85,7 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
             rewriter.replace(node, _inference_norm(rewriter, node))
         elif isinstance(node.target, torch._ops.OpOverload) and not registry.is_registered(node.target):
             _decompose(rewriter, node, registry)
+    _onnx_quantized_ops.fuse_dynamic(program)
     program.remove_dead()
     return [node for node in program.graph.nodes if not _is_translated(node, registry)]
 

@@ -61,8 +61,9 @@ class Program:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def numel(self) -> int:
-        """Number of floating-point constants' elements (the parameters of the model, statistics included)."""
-        return sum(t.numel() for t in self.tensors().values() if t.is_floating_point())
+        """Number of parameters of the model, statistics and quantized weights included."""
+        stored = (torch.int8, torch.uint8)
+        return sum(t.numel() for t in self.tensors().values() if t.is_floating_point() or t.dtype in stored)
 
     def to_module(self) -> fx.GraphModule:
         """The program as a GraphModule: flat inputs in, flat tuple out. Tensors are shared, not copied."""

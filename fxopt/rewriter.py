@@ -70,7 +70,8 @@ class Rewriter:
 
     def note(self, text: str) -> None:
         """Leave a remark for the report."""
-        self.notes.append(text)
+        if text not in self.notes:
+            self.notes.append(text)
 
     def tensor(self, node: object) -> torch.Tensor | None:
         """The constant tensor that a get_attr *node* stands for, or None for anything else.

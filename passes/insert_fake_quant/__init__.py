@@ -133,6 +133,9 @@ class Quantization:
             if quantized.is_dequantize(ops.arguments(unit)["weight"]):
                 continue
             mode = self._mode(unit)
+            if mode == "dynamic" and not self.scheme.dynamic:
+                self.rewriter.note(f"scheme {self.scheme.name}: the engine quantizes activations by itself")
+                mode = "none"
             reason = self._refusal(unit, mode)
             if unit in ends:
                 reason = "the first and the last layer stay in float, as asked"

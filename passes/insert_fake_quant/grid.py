@@ -25,9 +25,7 @@ class Grid:
     qmin: int
     qmax: int
 
-    def parameters(
-        self, low: float | torch.Tensor, high: float | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def parameters(self, low: float | torch.Tensor, high: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale (float32) and zero point (int64) so that low…high and zero are within qmin…qmax.
 
         Args:

@@ -67,7 +67,10 @@ def dynamic(rewriter: Rewriter, units: list[fx.Node], grid: Grid) -> None:
             before = x.next if x.op == "call_function" else rewriter.first_call()
             ends = (grid.qmin, grid.qmax)
             chosen = rewriter.call(
-                quantized.CHOOSE_QPARAMS, (x, *ends, torch.finfo(torch.float32).eps, grid.dtype), before=before, origin=x
+                quantized.CHOOSE_QPARAMS,
+                (x, *ends, torch.finfo(torch.float32).eps, grid.dtype),
+                before=before,
+                origin=x,
             )
             how = [rewriter.call(operator.getitem, (chosen, i), before=before, origin=x) for i in (0, 1)]
             args = (*how, *ends, grid.dtype)
@@ -88,7 +91,9 @@ def weight(rewriter: Rewriter, unit: fx.Node, grid: Grid, *, per_channel: bool) 
     assert tensor is not None
     axis = 1 if ops.kind(unit) == "conv_transpose" else 0
     values = tensor.detach().float()
-    extent = values.abs().amax(dim=[d for d in range(values.dim()) if d != axis]) if per_channel else values.abs().amax()
+    extent = (
+        values.abs().amax(dim=[d for d in range(values.dim()) if d != axis]) if per_channel else values.abs().amax()
+    )
     scale, zero_point = grid.parameters(-extent, extent)
     name = str(node.target)
     if not per_channel:
@@ -105,10 +110,9 @@ def weight(rewriter: Rewriter, unit: fx.Node, grid: Grid, *, per_channel: bool) 
 
 
 def grouped_weight(rewriter: Rewriter, unit: fx.Node, group_size: int) -> None:
-    """Fake-quantize the weight of a linear to int4, one scale for *group_size* inputs of one output.
+    """Fake-quantize the weight of a linear to int4, one scale for each group of inputs of one output.
 
-    Raises:
-        PassError: the number of inputs is no multiple of *group_size*.
+    A group has *group_size* inputs, or the next smaller number that divides them all.
     """
     node = ops.arguments(unit)["weight"]
     tensor = rewriter.tensor(node)

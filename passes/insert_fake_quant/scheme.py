@@ -41,6 +41,8 @@ class Scheme:
             kernel of its own that wants the conv's result quantized first.
         float_results: kinds of unit whose kernel can leave its result in float. Others are always quantized.
         fused_activations: those that ride on a unit whose kernel cannot leave its result in float.
+        dynamic: the engine is told how to quantize activations at each call; where it does that by itself given int8
+            weights, only those are quantized.
         declined: why a kind is left in float, for the report.
     """
 
@@ -54,6 +56,7 @@ class Scheme:
     residual: Literal["fused", "separate"] = "fused"
     float_results: frozenset[str] = frozenset({"conv", "linear"})
     fused_activations: frozenset[str] = frozenset({"relu", "hardtanh"})
+    dynamic: bool = True
     declined: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def refuse(self, unit: fx.Node) -> str | None:
@@ -79,6 +82,7 @@ OPENVINO = Scheme(
     "openvino",
     units=frozenset({"conv", "conv_transpose", "linear"}),
     elementwise=frozenset({"add", "mul", "avg_pool"}),
+    dynamic=False,
 )
 TENSORRT = Scheme(
     "tensorrt",  # explicit quantization: s8, symmetric; the residual add wants both operands quantized
