@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 - defines the ops
+import torch.ao.quantization.fx._decomposed
 from torch import fx
 
 from fxopt import execute, ops

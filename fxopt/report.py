@@ -118,7 +118,7 @@ class Report:
 
     @property
     def quantization(self) -> Any:
-        """Outputs and layers against float (a ``Quality`` of insert-fake-quant), or None where nothing was quantized."""
+        """Outputs and layers against float (``Quality`` of insert-fake-quant); None where nothing was quantized."""
         return next((p.details["quantization"] for p in self.passes if "quantization" in p.details), None)
 
     @property

@@ -25,7 +25,7 @@ from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, insert, quality
 from fxopt.passes.insert_fake_quant.insert import Range
 from fxopt.passes.insert_fake_quant.placement import Placement, place
-from fxopt.passes.insert_fake_quant.scheme import Scheme, choose
+from fxopt.passes.insert_fake_quant.scheme import Scheme, choose, named
 from fxopt.program import Program, source_line
 from fxopt.rewriter import Rewriter
 
@@ -79,6 +79,8 @@ class InsertFakeQuant(Pass):
             _, found, mode = text.rpartition("=")
             if not found or mode not in _MODES:
                 raise SpecError(f"overrides: {text!r} must read pattern=mode, with a mode of {', '.join(_MODES)}")
+        if self.scheme != "auto":
+            named(self.scheme)
         if self.weights == "int4" and self.activations != "none":
             raise SpecError("weights=int4 is weight-only: add activations=none")
 
@@ -111,6 +113,7 @@ class Quantization:
         self.ranges: dict[str, Range] = {}
 
     def run(self) -> None:
+        """Decide, calibrate, check and perhaps repair, insert, report."""
         if self.options.activations == "static":
             insert.split_units(self.rewriter, self.scheme)
         self._decide()
@@ -213,13 +216,17 @@ class Quantization:
         return quality.layers(exact, self._trial(exact), list(self.modes), kept[0]) if kept and self.modes else {}
 
     def _put_back(self, exact: Program, kept: list[Sequence[Any]]) -> bool:
-        """Return the worst layers to float; False where none is left to return."""
-        noise = self._noise(exact, kept)
-        worst = sorted(noise, key=lambda name: noise[name].snr_db)[: max(1, len(noise) // 10)]
+        """Return the layers to float that harm the outputs most; False where none is left to return."""
+        without: dict[str, float] = {}
+        for name, mode in list(self.modes.items()):
+            del self.modes[name]
+            self._observe(exact)
+            without[name] = min(one.cosine for one in self._check(exact, kept[:1]))
+            self.modes[name] = mode
+        worst = sorted(without, key=without.__getitem__, reverse=True)[: max(1, len(without) // 10)]
         for name in worst:
             del self.modes[name]
-            self.reasons[name] = f"quantized, it has a signal-to-noise ratio of {noise[name].snr_db:.1f} dB: put back"
-        self._observe(exact)
+            self.reasons[name] = f"put back: without it quantized the outputs have cosine {without[name]:.4f}"
         return bool(worst)
 
     def _report(self, exact: Program, kept: list[Sequence[Any]], found: list[quality.OutputQuality]) -> None:

@@ -95,6 +95,17 @@ SCHEMES = {scheme.name: scheme for scheme in (TORCH, ONNXRUNTIME, OPENVINO, TENS
 _OF_ENGINE = {"torch": TORCH, "onnx": ONNXRUNTIME, "openvino": OPENVINO}
 
 
+def named(name: str) -> Scheme:
+    """The scheme called *name*.
+
+    Raises:
+        SpecError: no such scheme.
+    """
+    if name not in SCHEMES:
+        raise SpecError(f"insert-fake-quant: unknown scheme {name!r}.{near_miss(name, ['auto', *SCHEMES])}")
+    return SCHEMES[name]
+
+
 def choose(name: str, target: Target, engine: str) -> Scheme:
     """The scheme called *name*; for "auto" the one of *engine* on *target*.
 
@@ -104,9 +115,7 @@ def choose(name: str, target: Target, engine: str) -> Scheme:
         SpecError: no such scheme.
     """
     if name != "auto":
-        if name not in SCHEMES:
-            raise SpecError(f"insert-fake-quant: unknown scheme {name!r}.{near_miss(name, ['auto', *SCHEMES])}")
-        return SCHEMES[name]
+        return named(name)
     if target.name == "cuda" and engine == "onnx":
         return TENSORRT
     scheme = _OF_ENGINE.get(engine, ONNXRUNTIME)
