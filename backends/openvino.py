@@ -23,6 +23,7 @@ from fxopt.backend import Backend, Executable
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import located
+from fxopt.backends._onnx_int8 import is_quantized
 from fxopt.errors import BackendUnavailable, FxoptError, SpecError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter, fake_mode, infer
@@ -97,7 +98,8 @@ class OpenVinoBackend(Backend):
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
-        precision: "f32" or "bf16" for the whole model; None for bf16 where the program computes in it, else fp32.
+        precision: "f32" or "bf16" for the whole model; None for bf16 where the program computes in it, or is quantized
+            and the target has bf16, else fp32.
     """
 
     name: ClassVar[str] = "openvino"
@@ -127,10 +129,12 @@ class OpenVinoBackend(Backend):
         self.require()
         _refuse(program)
         low = _computes_low(program)
+        # What a quantized model leaves in float has no use for more precision than its integers give it.
+        fast = low or (is_quantized(program) and torch.bfloat16 in target.native_dtypes)
         if low:
             _widen(program)
         file = export(program)
-        precision = self.precision or ("bf16" if low else "f32")
+        precision = self.precision or ("bf16" if fast else "f32")
         runs_here = target.runs_here and target.name != "cuda"
         return OpenVinoExecutable(file, self._compile(file, precision) if runs_here else None, target)
 
