@@ -206,14 +206,15 @@ def _cancel(packer: Packer, node: fx.Node) -> None:
         return
     q = x.node
     if activation is not None:
-        low, high = (_nearest(b, x) for b in activation[1] or (0.0, math.inf))
+        low, high = (nearest(b, p) for b in activation[1] or (0.0, math.inf))
         if (low, high) != (p.qmin, p.qmax):
             q = packer.call(aten.clamp.default, (q, low, high), node)
     node.replace_all_uses_with(q)
     node.graph.erase_node(node)
 
 
-def _nearest(value: float, x: Integers) -> int:
-    """What *value* is quantized to."""
-    exact = min(max(value / x.scale + x.zero_point, x.qparams.qmin), x.qparams.qmax)
-    return round(exact)
+def nearest(value: float, p: QParams) -> int:
+    """What *value* is quantized to with the constant scale *p*."""
+    assert isinstance(p.scale, float)
+    assert isinstance(p.zero_point, int)
+    return round(min(max(value / p.scale + p.zero_point, p.qmin), p.qmax))

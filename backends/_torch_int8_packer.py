@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
+from fxopt.backends._torch_int8_kernels import PackedLinear
 from fxopt.backends._torch_packer import Packer
 from fxopt.program import Program
 from fxopt.quantized import DEQUANTIZE, DEQUANTIZE_CHANNEL, parameters
@@ -81,14 +82,15 @@ class Int8Packer(Packer):
         value = self.tensor(zero_point)
         return value is not None and not bool(value.any())
 
-    def add(self, hint: str, value: torch.Tensor) -> fx.Node:
+    def add(self, hint: str, value: torch.Tensor | PackedLinear) -> fx.Node:
         """A get_attr node for a new constant."""
         name = f"{hint}_int8_{len(self.program.constants)}"
         self.program.constants[name] = value
         first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
         with self.graph.inserting_before(first):
             node = self.graph.get_attr(name)
-        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            node.meta["val"] = value
         return node
 
     def scales(self, weight: Weight) -> fx.Node:
@@ -151,6 +153,23 @@ class Int8Packer(Packer):
         packed = self.program.constants[str(node.target)]
         self.originals[str(weight.holder.target)] = functools.partial(_untransposed, packed, weight.values.shape)
         return node
+
+    def dynamic_linear(self, weight: Weight, bias: torch.Tensor | None) -> fx.Node:
+        """A node for weight and bias as ATen's dynamic linears want them."""
+        packed = PackedLinear(weight.values.contiguous(), weight.scales, None if bias is None else bias.float())
+        self.originals[str(weight.holder.target)] = packed.unpacked
+        return self.add(f"{weight.holder.target}", packed)
+
+    def dequantized(self, node: fx.Node) -> None:
+        """Compute a dequantize node of a constant for good."""
+        values = self.tensor(node.all_input_nodes[0])
+        args = fx.node.map_arg(node.args, self.tensor)
+        if values is None or any(isinstance(a, fx.Node) and args[i] is None for i, a in enumerate(node.args)):
+            return
+        assert callable(node.target)
+        self.originals[str(node.all_input_nodes[0].target)] = values.clone
+        constant = self.add(f"{node.all_input_nodes[0].target}", node.target(*args, **node.kwargs))
+        node.replace_all_uses_with(constant)
 
     def drop_unused(self) -> None:
         """Erase dequantize nodes and constants that nobody reads any more."""

@@ -22,6 +22,7 @@ from fxopt.quantized import QParams
 
 # What oneDNN's int8 kernels compute before they round; after a residual only relu, or nothing.
 ON_CONVOLUTION = {"none", "relu", "hardtanh", "hardswish", "silu"}
+_ON_VOLUMES = {"none"}
 _ON_LINEAR = ON_CONVOLUTION | {"gelu", "gelu_tanh", "leaky_relu"}
 _AFTER_RESIDUAL = {"none", "relu"}
 _CLAMPS = {"none", "relu", "hardtanh"}
@@ -87,7 +88,8 @@ def plan(fused: Fused) -> Plan:
     if fused.residual is not None:
         _plan_residual(result, fused, linear, end, p)
         return result
-    unary = fused.unary if fused.activation in (_ON_LINEAR if linear else ON_CONVOLUTION) else None
+    known = _ON_LINEAR if linear else _ON_VOLUMES if len(fused.stride) == 3 else ON_CONVOLUTION
+    unary = fused.unary if fused.activation in known else None
     if unary is None:
         result.activate = True
         return result
@@ -112,7 +114,7 @@ def _only_quantize(node: fx.Node) -> fx.Node | None:
 
 def _clamp_in_kernel(result: Plan, fused: Fused, p: QParams) -> None:
     """A narrow range of integers is a clamp of the floats."""
-    if result.clamp is None or fused.activation not in _CLAMPS:
+    if result.clamp is None or fused.activation not in _CLAMPS or len(fused.stride) == 3:
         return
     low, high = ((b - result.zero_point) * result.scale for b in result.clamp)
     if fused.activation == "relu":

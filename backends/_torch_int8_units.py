@@ -38,6 +38,7 @@ class Units:
         self._packer = packer
         self._call = packer.call
         self._copies: set[fx.Node] = set()
+        self._with_border: dict[tuple[fx.Node, tuple[int, ...], int], fx.Node] = {}
 
     def lower(self, node: fx.Node) -> bool:
         """Turn *node* into an int8 call, if it is one in all but name; returns whether it is."""
@@ -52,12 +53,12 @@ class Units:
         what = plan(fused)
         fused.bias = self._packer.folded_bias(weight, fused.bias, x.scale, x.zero_point)
         if not fused.stride:
-            y = self._linear(fused, x, weight, what)
+            y = self.linear(fused, (x.node, x.scale, 0), weight, what)
         elif runs_as_linear(fused):
             y = self._pixelwise(fused, x, weight, what)
         else:
             y = self._convolution(fused, x, weight, what)
-        self._finish(fused, y, what)
+        self.finish(fused, y, what)
         return True
 
     def reuse_residuals(self) -> None:
@@ -75,7 +76,7 @@ class Units:
     def _convolution(self, fused: Fused, x: Integers, weight: Weight, what: Plan) -> fx.Node:
         before, q, padding = what.end, x.node, fused.padding
         if x.zero_point and any(padding):
-            q, padding = self._padded(x, padding, before), (0,) * len(padding)
+            q, padding = self._padded(x, padding), (0,) * len(padding)
         stride, dilation = fused.stride, fused.dilation
         if len(fused.stride) == 1:
             image = self._call(aten.unsqueeze.default, (q, 2), q, before)
@@ -95,15 +96,19 @@ class Units:
             y = self._call(aten.squeeze.dim, (y, 2), before)
         return y
 
-    def _linear(self, fused: Fused, x: Integers, weight: Weight, what: Plan) -> fx.Node:
-        packed = self._packer.linear(weight, hints(x.node))
-        head: tuple[Any, ...] = (x.node, x.scale, 0, packed, self._packer.scales(weight), self._packer.zeros())
+    def linear(self, fused: Fused, x: tuple[fx.Node, Any, Any], weight: Weight, what: Plan) -> fx.Node:
+        """The linear of *x* (integers, scale, zero point: numbers or nodes)."""
+        packed = self._packer.linear(weight, hints(x[0]))
+        head: tuple[Any, ...] = (*x, packed, self._packer.scales(weight), self._packer.zeros())
         tail: tuple[Any, ...] = (fused.bias, what.scale, what.zero_point, what.dtype)
         if what.residual is None:
             return self._call(onednn.qlinear_pointwise.default, (*head, *tail, *what.unary), what.end)
         residual = what.residual
         if what.how == "sum" and fused.stride == ():
             residual = self._copy(residual, torch.contiguous_format, what.end)
+        elif what.how == "add":
+            # The kernel reads it as if it were contiguous.
+            residual = self._call(aten.contiguous.default, (residual,), residual, what.end)
         tail = (residual, *tail, *what.residual_scale, what.how, 1.0, *what.unary)
         return self._call(onednn.qlinear_pointwise.binary, (*head, *tail), what.end)
 
@@ -120,24 +125,27 @@ class Units:
             if what.how == "sum":
                 residual = self._copy(residual, torch.channels_last, what.end)
             residual = pixels(residual)
-        x = dataclasses.replace(x, node=pixels(x.node))
-        y = self._linear(fused, x, weight, dataclasses.replace(what, residual=residual))
+        what = dataclasses.replace(what, residual=residual)
+        y = self.linear(fused, (pixels(x.node), x.scale, 0), weight, what)
         y.meta["val"] = y.meta["val"].permute(_TO_PIXELS)
         return self._call(aten.permute.default, (y, _TO_IMAGES), what.end)
 
-    def _padded(self, x: Integers, padding: Sequence[int], before: fx.Node) -> fx.Node:
+    def _padded(self, x: Integers, padding: Sequence[int]) -> fx.Node:
         """Zero is not the integer zero here; a copy with a border costs far less than the kernel's compensation."""
-        borders = [p for pad in reversed(padding) for p in (pad, pad)]
-        q = self._call(aten.constant_pad_nd.default, (x.node, borders, x.zero_point), x.node, before)
-        q.meta["val"] = aten.constant_pad_nd.default(x.node.meta["val"], borders, x.zero_point)
-        return q
+        borders = tuple(p for pad in reversed(padding) for p in (pad, pad))
+        key = (x.node, borders, x.zero_point)
+        if key not in self._with_border:
+            q = self._call(aten.constant_pad_nd.default, key, x.node, _behind(x.node))
+            q.meta["val"] = aten.constant_pad_nd.default(x.node.meta["val"], borders, x.zero_point)
+            self._with_border[key] = q
+        return self._with_border[key]
 
     def _copy(self, value: fx.Node, layout: torch.memory_format, before: fx.Node) -> fx.Node:
         copy = self._call(aten.clone.default, (value,), value, before, memory_format=layout)
         self._copies.add(copy)
         return copy
 
-    def _finish(self, fused: Fused, y: fx.Node, what: Plan) -> None:
+    def finish(self, fused: Fused, y: fx.Node, what: Plan) -> None:
         """Do after the kernel what it did not, and let the readers of the unit read that."""
         if what.end is not fused.node:
             y.meta["val"] = y.meta["val"] if what.clamp is None else what.end.meta["val"]
@@ -148,6 +156,14 @@ class Units:
             return
         left = dataclasses.replace(fused, residual=what.add)
         self._packer.finish(left, y, add=what.add is not None, activate=what.activate)
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """The first call behind *node*, whose value it may read."""
+    node = node.next
+    while node.op in ("placeholder", "get_attr"):
+        node = node.next
+    return node
 
 
 def _fits(fused: Fused, x: Integers) -> bool:

@@ -17,6 +17,7 @@ from fxopt import ops
 from fxopt.backend import Backend, Executable
 from fxopt.backends import _torch_int8, _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
 from fxopt.backends._torch_codegen import Code, generate
+from fxopt.backends._torch_int8_kernels import PackedLinear
 from fxopt.backends._torch_snapshot import own
 from fxopt.errors import BackendUnavailable
 from fxopt.program import Program
@@ -92,6 +93,8 @@ class TorchExecutable(Executable):
                 sizes[id(value)] = int(torch.ops.mkldnn._nbytes(value))
             elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
                 sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            elif isinstance(value, PackedLinear):
+                sizes[id(value)] = value.nbytes
         return sum(sizes.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,13 +14,20 @@ from fxopt.execute import evaluate
 from fxopt.passbase import PassContext
 from fxopt.pipeline import Pipeline, full_pipeline
 from fxopt.program import Program
-from fxopt.quantized import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from fxopt.quantized import (
+    CHOOSE_QPARAMS,
+    DEQUANTIZE,
+    DEQUANTIZE_CHANNEL,
+    DEQUANTIZE_TENSOR,
+    QUANTIZE,
+    QUANTIZE_TENSOR,
+)
 from fxopt.rewriter import Rewriter
 from fxopt.target import resolve_target
 
 UNITS = ("conv", "conv_transpose", "linear")
 MOVES = {"shape", "permute", "select", "cat", "pad", "getitem"}
-MOVES_PACKETS = {"max_pool2d", "channel_shuffle", "relu"}
+MOVES_PACKETS = {"max_pool2d", "channel_shuffle", "relu", "hardtanh", "relu6"}
 COMPUTES = {"add", "mul", "adaptive_avg_pool2d", "avg_pool2d", "mean", "hardswish", "hardsigmoid", "leaky_relu"}
 
 Params = tuple[float, int, int, int, torch.dtype]
@@ -46,7 +54,9 @@ class Quantizer:
 
         evaluate(program, inputs, observe=observe)
 
-    def run(self, *, pointwise: bool = True, residual: bool = True) -> Program:
+    def run(self, *, pointwise: bool = True, residual: bool = True, outputs: bool = True, relu: bool = True) -> Program:
+        """Quantize what units read, what *pointwise* ops and moves read and give, residuals, and float outputs."""
+        self.outputs, self.relu = outputs, relu
         nodes = [n for n in self.program.graph.nodes if n.op == "call_function"]
         wanted: dict[fx.Node, None] = {}
         for node in nodes:
@@ -57,25 +67,32 @@ class Quantizer:
                     wanted[a["residual"]] = None
                 self._weight(node, a["weight"])
             elif pointwise and (self._moves(node) or ops.packet(node) in COMPUTES):
-                wanted.update(dict.fromkeys([*node.all_input_nodes, node]))
+                covered = not relu and [ops.packet(user) for user in node.users] == ["relu"]
+                wanted.update(dict.fromkeys(node.all_input_nodes if covered else [*node.all_input_nodes, node]))
+        if outputs:
+            wanted.update(dict.fromkeys(n for n in self.program.output.all_input_nodes if n.op == "call_function"))
         wanted = {v: None for v in wanted if v in self.ranges and v.op != "get_attr"}
         params: dict[fx.Node, Params] = {}
         for value in self.program.graph.nodes:
             if value in wanted:
                 params[value] = _params(*self.ranges[value], self.dtype, self.bits)
-        for value in params:
-            if self._moves(value):
-                self._share(value, params)
+        for _ in range(3):  # what moves values has one scale on all sides, and its neighbours with it
+            for value in params:
+                if self._moves(value):
+                    self._share(value, params)
         for value, p in params.items():
             self._insert(value, p)
         self.rewriter.program.remove_dead()
         return self.program
 
     def _moves(self, node: fx.Node) -> bool:
-        return ops.kind(node) in MOVES or ops.packet(node) in MOVES_PACKETS
+        return ops.kind(node) in MOVES or (
+            ops.packet(node) in MOVES_PACKETS and (self.relu or ops.packet(node) != "relu")
+        )
 
     def _share(self, node: fx.Node, params: dict[fx.Node, Params]) -> None:
-        group = [n for n in (*node.all_input_nodes, node) if n in params]
+        sources = [m for n in node.all_input_nodes for m in ([n] if n in params else n.all_input_nodes)]
+        group = [n for n in (*sources, node) if n in params]
         low, high = min(self.ranges[n][0] for n in group), max(self.ranges[n][1] for n in group)
         for member in group:
             params[member] = _params(low, high, self.dtype, self.bits)
@@ -96,7 +113,7 @@ class Quantizer:
         self.rewriter.rewire(user, node, self.rewriter.call(DEQUANTIZE_CHANNEL, args, kwargs, before=user))
 
     def _insert(self, value: fx.Node, p: Params) -> None:
-        users = [u for u in value.users if u.op != "output"]
+        users = [u for u in value.users if u.op != "output" or self.outputs]
         after = value.next
         while after.op in ("placeholder", "get_attr"):
             after = after.next
@@ -113,3 +130,30 @@ def fused(model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: An
     pipeline = Pipeline(PassContext(resolve_target("x86"), captured.inputs), captured.reference)
     program, _ = pipeline.run(captured.program, full_pipeline([], registry.find_pass))
     return program, captured.inputs
+
+
+def add_weight_only(program: Program) -> None:
+    """Int8 weights alone."""
+    quantizer = Quantizer.__new__(Quantizer)
+    quantizer.program, quantizer.rewriter = program, Rewriter(program)
+    for node in [n for n in program.graph.nodes if ops.kind(n) in UNITS]:
+        quantizer._weight(node, ops.arguments(node)["weight"])
+    program.remove_dead()
+
+
+def add_dynamic(program: Program, dtype: torch.dtype = torch.uint8) -> None:
+    """Int8 weights, and the inputs of linears quantized over the range that they have at each call."""
+    add_weight_only(program)
+    rewriter = Rewriter(program)
+    limits = torch.iinfo(dtype)
+    made: dict[fx.Node, fx.Node] = {}
+    for node in [n for n in program.graph.nodes if ops.kind(n) == "linear"]:
+        a = ops.arguments(node)
+        x = a["x"] if "x" in a else a["input"]
+        if x not in made:
+            ends = (limits.min, limits.max)
+            choice = rewriter.call(CHOOSE_QPARAMS, (x, *ends, 1e-7, dtype), before=node)
+            how = [rewriter.call(operator.getitem, (choice, i), before=node) for i in (0, 1)]
+            q = rewriter.call(QUANTIZE_TENSOR, (x, *how, *ends, dtype), before=node)
+            made[x] = rewriter.call(DEQUANTIZE_TENSOR, (q, *how, *ends, dtype), before=node)
+        rewriter.rewire(node, x, made[x])
