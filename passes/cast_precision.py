@@ -7,9 +7,13 @@ norms, exp, log, large sums) stays in fp32; *follow* moves or selects values and
 that a chain of low ops does not bounce through fp32; *same* (a reinterpretation of bits, everything unknown) sees the
 dtypes of capture. Inputs and outputs keep the user's dtypes.
 
-Masks hold numbers that low precision turns into -inf, and a row of nothing but -inf has no softmax. What an attention,
-conv, linear or addmm adds is therefore clamped to the range of bf16, where its end still hides any score; in fp16 the
-end (-65,504) does not, and an op that adds what may be a mask stays in fp32.
+A sum with an fp32 value is made in fp32, so that the residual stream of a transformer is not rounded in each layer:
+
+    linear(x, @w, residual=r)   →   linear(x.to(bf16), @w_bf16).to(fp32) + r      r in fp32
+
+Masks hold numbers that low precision turns into -inf, and a row of nothing but -inf has no softmax. What an attention
+or addmm adds is therefore clamped to the range of bf16, where its end still hides any score; in fp16 the end (-65,504)
+does not, and an op that adds what may be a mask stays in fp32.
 """
 
 from __future__ import annotations
@@ -86,8 +90,8 @@ class _Sweep:
                 self._restore_inputs(node)  # torch.cond: its bodies were captured for the dtypes of its operands
             elif node.op == "call_function":
                 self._refresh(node)
-            if self._is_ordinary(node):
-                self.ordinary.add(node)
+            if not node._erased:
+                self._note_ordinary(node)
 
     def _restore_inputs(self, node: fx.Node) -> None:
         """Let *node* see the dtypes that it was captured for."""
@@ -106,6 +110,9 @@ class _Sweep:
         inputs = [n for n in node.all_input_nodes if _dtype(n) in (_WIDE, self.low)]
         was = node.meta["val"]
         want = self._wanted(node, inputs)
+        if want == self.low and ops.is_fused(node) and _dtype(ops.arguments(node)["residual"]) == _WIDE:
+            self._split(node)
+            return
         mask = self._mask(node)
         for value in inputs:
             if _dtype(value) != want:
@@ -113,6 +120,24 @@ class _Sweep:
         self._refresh(node)
         if _floats(node.meta["val"]) != _floats(was):
             self.rewriter.edits += 1
+
+    def _split(self, node: fx.Node) -> None:
+        """A fused op as its parts: the low sum of products, and what follows it in fp32."""
+        a, call = ops.arguments(node), self.rewriter.call
+        spatial = [a[key] for key in ("stride", "padding", "dilation", "groups") if key in a]
+        plain = getattr(aten, ops.packet(node)).default
+        parts = [call(plain, (a["x"], a["weight"], a["bias"], *spatial), before=node)]
+        parts.append(call(aten.add.Tensor, (parts[-1], a["residual"]), before=node))
+        if a["activation"] != "none":
+            function: Any = ops.ACTIVATIONS[a["activation"]]
+            target, kwargs = getattr(function, "func", function), getattr(function, "keywords", {})
+            parts.append(call(target, (parts[-1], *a["activation_args"]), kwargs, before=node))
+        for part in parts:
+            self.captured[part] = self.captured[node]
+        self.rewriter.replace(node, parts[-1])
+        for part in parts:
+            self._visit(part)
+            self._note_ordinary(part)
 
     def _wanted(self, node: fx.Node, inputs: list[fx.Node]) -> torch.dtype:
         """The dtype in which *node* is to see its floating inputs."""
@@ -132,14 +157,20 @@ class _Sweep:
             return _WIDE
         if precision == "low":
             return self.low
-        low = [n for n in computed if _dtype(n) == self.low]
-        return self.low if precision == "follow" and computed and len(low) == len(computed) else _WIDE
+        # A sum with a vector or matrix of the model is fp32 by the rules of type promotion, too.
+        sums = computed if ops.kind(node) != "add" else [n for n in inputs if n.meta["val"].dim() > 0]
+        low = [n for n in sums if _dtype(n) == self.low]
+        return self.low if precision == "follow" and sums and len(low) == len(sums) else _WIDE
 
     def _mask(self, node: fx.Node) -> fx.Node | None:
         """What *node* adds to its sum of products, if it is in fp32 and may hold numbers beyond the low dtype."""
-        name = "residual" if ops.is_fused(node) else _ADDED.get(ops.packet(node))
+        name = _ADDED.get(ops.packet(node))
         added = ops.arguments(node)[name] if name else None
         return added if added is not None and _dtype(added) == _WIDE and added not in self.ordinary else None
+
+    def _note_ordinary(self, node: fx.Node) -> None:
+        if self._is_ordinary(node):
+            self.ordinary.add(node)
 
     def _is_ordinary(self, node: fx.Node) -> bool:
         """Whether the values of *node* are surely no mask: arithmetic on weights and activations."""
@@ -219,8 +250,8 @@ def _is_body(node: fx.Node) -> bool:
     return node.op == "get_attr" and node.meta.get("val") is None
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("val")
+def _dtype(node: fx.Node | None) -> torch.dtype | None:
+    value = node.meta.get("val") if node is not None else None
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 

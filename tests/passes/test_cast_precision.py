@@ -81,6 +81,41 @@ def test_a_sum_with_an_fp32_value_is_fp32() -> None:
     assert dtypes(checked)["add"] is torch.float32
 
 
+RIDERS: dict[str, Callable[..., torch.Tensor]] = {
+    "linear": lambda m, x, r: m.linear(x) + r,
+    "gelu": lambda m, x, r: F.gelu(m.linear(x) + r, approximate="tanh"),
+    "clamp": lambda m, x, r: (m.linear(x) + r).clamp(-0.5, 0.5),
+    "conv1d": lambda m, x, r: (m.conv(x) + r).relu(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rider", RIDERS)
+def test_a_residual_in_fp32_is_added_in_fp32(rider: str, dtype: str) -> None:
+    """Else a transformer rounds its residual stream in each layer; autocast does not."""
+    model = Model(
+        lambda m, x: RIDERS[rider](m, F.layer_norm(x, (4,)), x),
+        linear=nn.Linear(4, 4),
+        conv=nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=2),
+    )
+    before = ("canonicalize", "fold-constants", "fuse-conv-bn-relu")
+    checked = check(model, torch.randn(2, 4, 4), dtype=dtype, before=before)
+    norm, product, *sums = dtypes(checked).values()
+    assert (norm, product, {*sums}) == (torch.float32, DTYPES[dtype], {torch.float32})
+    assert not any(op.startswith("fxopt.") for op in checked.ops())
+
+
+def test_a_residual_in_low_precision_rides_on() -> None:
+    model = Model(lambda m, x: (m.b(x) + m.a(x)).relu(), a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1))
+    before = ("canonicalize", "fold-constants", "fuse-conv-bn-relu")
+    assert check(model, image(), before=before).ops().count("fxopt.conv2d") == 1
+
+
+def test_a_sum_with_a_matrix_of_the_model_is_fp32() -> None:
+    model = Model(lambda m, x: m.layer(x) + m.place, layer=nn.Linear(4, 4), place=torch.randn(2, 4))
+    assert dtypes(check(model, torch.randn(2, 4)))["add"] is torch.float32
+
+
 def test_one_cast_serves_all_users() -> None:
     model = Model(lambda m, x: m.a(x).exp() + m.b(x).exp(), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     checked = check(model, torch.randn(2, 4))
