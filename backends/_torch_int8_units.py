@@ -20,6 +20,7 @@ from fxopt.backends import _torch_int8_kernels as kernels
 from fxopt.backends._torch_int8_graph import Integers, integers
 from fxopt.backends._torch_int8_packer import Int8Packer, Weight, through_casts
 from fxopt.backends._torch_int8_plan import Plan, plan, result_sizes_agree, runs_as_linear
+from fxopt.backends._torch_int8_worth import is_tiny
 from fxopt.backends._torch_memory import Aliases
 from fxopt.backends._torch_packer import Fused, hints, read
 from fxopt.quantized import DEQUANTIZE
@@ -45,7 +46,7 @@ class Units:
         fused = read(node)
         x = None if fused is None else integers(through_casts(fused.x))
         weight = None if fused is None else self._packer.weight(fused.weight)
-        if fused is None or x is None or weight is None or not _fits(fused, x):
+        if fused is None or x is None or weight is None or not _fits(fused, x) or is_tiny(fused):
             return False
         bias = None if fused.bias is None else self._packer.tensor(through_casts(fused.bias))
         if fused.bias is not None and bias is None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxopt.backends import _torch_int8
+from fxopt import ops
+from fxopt.backends import _torch_int8, _torch_int8_worth
 from fxopt.backends.torch import TorchBackend, TorchExecutable
 from fxopt.execute import evaluate
 from fxopt.fused import CONV, LINEAR
@@ -26,8 +27,9 @@ LINEARS = "onednn_qlinear_pointwise"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _small_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(_torch_int8_worth, "_TINY", 0)
 
 
 def lower(program: Program, flat: list[Any]) -> TorchExecutable:
@@ -552,6 +554,33 @@ def test_concurrent_calls() -> None:
         thread.join()
     for i, expected in enumerate(alone):
         assert all(torch.equal(result, expected) for result in results[i])
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "reason"),
+    [
+        (nn.Conv2d(4, 8, 3), image(2, 4, 9, 9), None),
+        (nn.Conv2d(64, 64, 1), image(1, 64, 28, 28), None),
+        (nn.Conv2d(64, 64, 1), image(1, 64, 1, 1), "multiplications"),
+        (nn.Linear(64, 48), image(3, 64), "multiplications"),
+        (nn.Linear(512, 512), image(3, 512), None),
+        (nn.Conv2d(4, 8, 3), image(4, 9, 9), "batch"),
+        (nn.ConvTranspose2d(4, 8, 3), image(1, 4, 9, 9), "transposed"),
+        (nn.Conv2d(4, 8, 3).double(), image(1, 4, 9, 9).double(), "float64"),
+    ],
+)
+def test_what_int8_is_worth(
+    model: nn.Module, x: torch.Tensor, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    program, flat = fused(model, (x,))
+    [node] = [n for n in program.graph.nodes if ops.kind(n) in ("conv", "conv_transpose", "linear")]
+    found = _torch_int8_worth.worth(node)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+    if reason == "multiplications":
+        Quantizer(program, flat).run()
+        assert "onednn" not in agree(program, flat).source
 
 
 def test_float_programs_are_left_alone() -> None:
