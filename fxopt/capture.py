@@ -13,7 +13,6 @@ import dataclasses
 import inspect
 import io
 import logging
-import operator
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,8 +29,10 @@ from fxopt import dynamic, structures
 from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.explain import explain
 from fxopt.functionalize import functionalize
+from fxopt.guards import annotate
 from fxopt.program import Program
 from fxopt.signature import Signature, Writeback
+from fxopt.twin import private_copy, refuse_nan, run_eager
 
 _STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ}
 
@@ -51,28 +52,6 @@ class Captured:
     model: nn.Module
     inputs: list[Any]
     reference: list[Any]
-
-
-def private_copy(model: nn.Module) -> nn.Module:
-    """An eval-mode copy of *model*: parameters shared, buffers and everything else its own."""
-    memo: dict[int, Any] = {id(parameter): _ordinary(parameter) for parameter in model.parameters()}
-    for module in model.modules():
-        for value in [*module._buffers.values(), *module.__dict__.values()]:
-            if isinstance(value, torch.Tensor) and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}), and fxopt never works on your own object. "
-            "Make copy.deepcopy(model) work, or pass torch.export.export(model, inputs) instead."
-        ) from error
-    return twin.eval()
-
-
-def _ordinary(parameter: nn.Parameter) -> nn.Parameter:
-    """*parameter* itself, or a copy of one that was made under inference_mode and cannot be traced."""
-    return nn.Parameter(parameter.clone(), requires_grad=False) if parameter.is_inference() else parameter
 
 
 def capture(
@@ -99,15 +78,10 @@ def capture(
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
     twin = private_copy(model)
-    _refuse_nan(twin)
-    reference = _run_eager(twin, args, kwargs)
+    refuse_nan(twin)
+    reference = run_eager(twin, args, kwargs)
     exported = _export(twin, args, kwargs, dynamic_shapes)
-    captured = _finish(exported, twin, args, kwargs, reference)
-    if dynamic_shapes is not None:
-        signature = captured.program.signature
-        names = dynamic.dim_names(twin, args, kwargs, dynamic_shapes, signature.inputs)
-        captured.program.signature = dataclasses.replace(signature, dim_names=names)
-    return captured
+    return _finish(exported, twin, args, kwargs, reference, dynamic_shapes)
 
 
 def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
@@ -118,12 +92,17 @@ def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
     for own, theirs in zip(exported.graph.nodes, model.graph.nodes, strict=True):
         own.name = theirs.name  # a copy renames what shadows a builtin ("input"), the signature does not follow
     runner = private_copy(model.module())
-    _refuse_nan(runner)
-    return _finish(exported, runner, args, kwargs, _run_eager(runner, args, kwargs))
+    refuse_nan(runner)
+    return _finish(exported, runner, args, kwargs, run_eager(runner, args, kwargs))
 
 
 def _finish(
-    exported: ExportedProgram, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reference: list[Any]
+    exported: ExportedProgram,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reference: list[Any],
+    shapes: Any = None,
 ) -> Captured:
     try:
         with quiet_export():
@@ -133,7 +112,10 @@ def _finish(
     program = _to_program(functional, _forward_signature(model))
     if len(reference) != len(program.signature.outputs):
         raise CaptureError("the captured graph returns another structure than the model itself")
-    return Captured(program, model, program.signature.flatten(args, kwargs), reference)
+    names = dynamic.dim_names(model, args, kwargs, shapes, program.signature.inputs)
+    conditions = [*exported._guards_code, *functional._guards_code]
+    program.signature = annotate(program.signature, conditions, names)
+    return Captured(program, model, program.signature.bind(args, kwargs), reference)
 
 
 def _forward_signature(model: nn.Module) -> inspect.Signature | None:
@@ -141,47 +123,6 @@ def _forward_signature(model: nn.Module) -> inspect.Signature | None:
         return inspect.signature(model.forward)
     except (TypeError, ValueError):
         return None
-
-
-def _refuse_nan(model: nn.Module) -> None:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, t in tensors if t.is_floating_point() and bool(torch.isnan(t.detach().sum()))]
-    bad = [name for name in bad if bool(torch.isnan(_by_name(model, name)).any())]
-    if bad:
-        raise InputError(
-            f"the model holds NaN in {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}; "
-            "a compiled model could not be verified against it. Repair the weights first."
-        )
-
-
-def _by_name(model: nn.Module, name: str) -> torch.Tensor:
-    found = operator.attrgetter(name)(model)
-    assert isinstance(found, torch.Tensor)
-    return found
-
-
-def _run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Flat eager outputs. Buffers and inputs that the run mutates are put back."""
-    structures.register((args, kwargs))
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-    before = [(b, b.clone()) for b in model.buffers()]
-    own_args, own_kwargs = pytree.tree_unflatten(own, spec)
-    try:
-        with torch.no_grad():
-            result = model(*own_args, **own_kwargs)
-            structures.register(result)
-            outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves(result)]
-            for module, named in buffers:  # a model may also assign a new tensor to a buffer
-                module._buffers.update(named)
-            for buffer, old in before:
-                buffer.copy_(old)
-    except FxoptError:
-        raise
-    except Exception as error:
-        raise InputError(f"the model itself fails on the example inputs: {type(error).__name__}: {error}") from error
-    return outputs
 
 
 _quiet_lock = threading.RLock()

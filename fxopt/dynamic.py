@@ -64,6 +64,8 @@ def dim_names(
 ) -> dict[sympy.Symbol, str]:
     """The user's name for each dynamic size that has one; *inputs* are the leaves of the captured signature."""
     names: dict[sympy.Symbol, str] = {}
+    if shapes is None:
+        return names
     place = {id(x): leaf for x, leaf in zip(pytree.tree_leaves((args, kwargs)), inputs, strict=True)}
 
     def name(x: torch.Tensor, axis: int, dim: Any) -> None:

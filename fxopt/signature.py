@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import InputError
+from fxopt.guards import Guard
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -74,6 +75,7 @@ class Signature:
         ranges: (lowest, highest) size for each dynamic symbol.
         writebacks: what the model mutates.
         dim_names: the user's names of dynamic sizes, where ``dynamic_shapes`` gave any.
+        guards: conditions on dynamic sizes that the graph was captured under.
     """
 
     in_spec: pytree.TreeSpec
@@ -84,6 +86,7 @@ class Signature:
     ranges: Mapping[sympy.Symbol, tuple[int, int]] = dataclasses.field(default_factory=dict)
     writebacks: tuple[Writeback, ...] = ()
     dim_names: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
 
     def __post_init__(self) -> None:
         args, kwargs = self._children()
@@ -193,6 +196,12 @@ class Signature:
             problem = _mismatch(leaf, x) or (self._dims_mismatch(leaf, x, symbols) if leaf.is_tensor else None)
             if problem:
                 raise InputError(f"input {leaf.name!r} {problem}; the model was captured for {self.describe()}")
+        for guard in self.guards:
+            if not guard.holds(leaves):
+                raise InputError(
+                    f"the sizes of the inputs must satisfy {guard.text}, or the model takes another path than the "
+                    f"captured one; it was captured for {self.describe()}. Compile it again with inputs of this size."
+                )
 
     def _dims_mismatch(self, leaf: Leaf, x: torch.Tensor, symbols: dict[sympy.Symbol, int]) -> str | None:
         for i, (size, expected) in enumerate(zip(x.shape, leaf.shape or (), strict=True)):

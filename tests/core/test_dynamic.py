@@ -12,7 +12,7 @@ from torch.export import Dim
 import fxopt
 from fxopt import verify
 from fxopt.capture import Captured, capture
-from tests.passes.models import chain, image
+from tests.passes.models import Model, chain, image
 
 
 class Matrix(nn.Module):
@@ -132,3 +132,55 @@ def test_the_signature_reads_well() -> None:
     assert "x: float32[" in repr(compiled)
     assert ", 3, 4]" in repr(compiled)
     assert compiled(torch.randn(9, 3, 4)).shape == (9, 3, 5)
+
+
+# --- branches on sizes
+
+
+def test_a_branch_between_two_sizes_is_checked() -> None:
+    model = Model(lambda m, x: x * 2 if x.shape[0] > x.shape[1] else x * 3)
+    for shapes in ({0: Dim("rows", min=3), 1: "columns"}, {0: Dim.AUTO, 1: Dim.AUTO}):
+        captured = capture(model, (torch.ones(5, 4),), None, ((shapes,),))
+        assert torch.equal(run(captured, torch.ones(9, 8)), torch.full((9, 8), 2.0))
+        with pytest.raises(fxopt.InputError, match=r"must satisfy (rows > columns|args_0\.shape\[0\] > args_0\.shape)"):
+            run(captured, torch.ones(4, 5))
+
+
+@pytest.mark.parametrize("kind", [Dim.AUTO, Dim.DYNAMIC])
+def test_a_branch_on_a_remainder_is_checked(kind: Any) -> None:
+    class Branch(nn.Module):
+        def forward(self, table: dict[str, torch.Tensor], *, y: torch.Tensor) -> torch.Tensor:
+            return table["x"] * y if table["x"].shape[1] % 4 == 0 else table["x"]
+
+    shapes = {"table": {"x": {0: Dim.AUTO, 1: kind}}, "y": None}
+    captured = capture(Branch(), ({"x": torch.ones(5, 4)},), {"y": torch.ones(1)}, shapes)
+    assert run(captured, {"x": torch.ones(3, 8)}, y=torch.ones(1)).shape == (3, 8)
+    with pytest.raises(fxopt.InputError, match=r"must satisfy table_x\.shape\[1\] % 4 == 0"):
+        run(captured, {"x": torch.ones(3, 7)}, y=torch.ones(1))
+
+
+def test_a_reshape_that_does_not_divide_is_an_input_error() -> None:
+    captured = capture(Model(lambda m, x: x.reshape(-1, 4) * 2), (torch.ones(6, 6),), None, (({0: Dim.AUTO},),))
+    assert run(captured, torch.ones(8, 6)).shape == (12, 4)
+    for rows in (7, 1, 0):
+        with pytest.raises(fxopt.InputError):
+            run(captured, torch.ones(rows, 6))
+
+
+def test_the_conditions_of_an_exported_program_are_checked() -> None:
+    model = Model(lambda m, x, y: x[:2] * 2 + y if x.shape[0] > y.shape[1] else x[:2] * 3 + y)
+    exported = torch.export.export(
+        model, (torch.ones(5, 1), torch.ones(2, 4)), dynamic_shapes=(({0: Dim.AUTO}, {1: Dim.AUTO}),)
+    )
+    captured = capture(exported, ())
+    assert run(captured, torch.ones(9, 1), torch.ones(2, 8)).shape == (2, 8)
+    with pytest.raises(fxopt.InputError, match=r"must satisfy .*shape\[0\] > .*shape\[1\]"):
+        run(captured, torch.ones(5, 1), torch.ones(2, 8))
+
+
+def test_another_side_of_a_branch_is_captured_anew_without_example_inputs() -> None:
+    model = Model(lambda m, x: x * 2 if x.shape[0] > x.shape[1] else x * 3)
+    compiled = fxopt.compile(model, dynamic_shapes=(({0: Dim.AUTO, 1: Dim.AUTO},),), backend="torch")
+    assert torch.equal(compiled(torch.ones(5, 4)), torch.full((5, 4), 2.0))
+    with pytest.warns(UserWarning, match="captured again"):
+        assert torch.equal(compiled(torch.ones(4, 5)), torch.full((4, 5), 3.0))

@@ -1,0 +1,77 @@
+"""The private copy of the user's model that is captured, and what it answers: the user's own object is never touched."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt import structures
+from fxopt.errors import CaptureError, FxoptError, InputError
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """An eval-mode copy of *model*: parameters shared, buffers and everything else its own."""
+    memo: dict[int, Any] = {id(parameter): _ordinary(parameter) for parameter in model.parameters()}
+    for module in model.modules():
+        for value in [*module._buffers.values(), *module.__dict__.values()]:
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}), and fxopt never works on your own object. "
+            "Make copy.deepcopy(model) work, or pass torch.export.export(model, inputs) instead."
+        ) from error
+    return twin.eval()
+
+
+def _ordinary(parameter: nn.Parameter) -> nn.Parameter:
+    """*parameter* itself, or a copy of one that was made under inference_mode and cannot be traced."""
+    return nn.Parameter(parameter.clone(), requires_grad=False) if parameter.is_inference() else parameter
+
+
+def refuse_nan(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    bad = [name for name, t in tensors if t.is_floating_point() and bool(torch.isnan(t.detach().sum()))]
+    bad = [name for name in bad if bool(torch.isnan(_by_name(model, name)).any())]
+    if bad:
+        raise InputError(
+            f"the model holds NaN in {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}; "
+            "a compiled model could not be verified against it. Repair the weights first."
+        )
+
+
+def _by_name(model: nn.Module, name: str) -> torch.Tensor:
+    found = operator.attrgetter(name)(model)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Flat eager outputs. Buffers and inputs that the run mutates are put back."""
+    structures.register((args, kwargs))
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+    before = [(b, b.clone()) for b in model.buffers()]
+    own_args, own_kwargs = pytree.tree_unflatten(own, spec)
+    try:
+        with torch.no_grad():
+            result = model(*own_args, **own_kwargs)
+            structures.register(result)
+            outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in pytree.tree_leaves(result)]
+            for module, named in buffers:  # a model may also assign a new tensor to a buffer
+                module._buffers.update(named)
+            for buffer, old in before:
+                buffer.copy_(old)
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model itself fails on the example inputs: {type(error).__name__}: {error}") from error
+    return outputs
