@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from fxopt import dynamic, structures
+from fxopt import dynamic, size_one
 from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.explain import explain
 from fxopt.functionalize import functionalize
@@ -112,9 +112,11 @@ def _finish(
     program = _to_program(functional, _forward_signature(model))
     if len(reference) != len(program.signature.outputs):
         raise CaptureError("the captured graph returns another structure than the model itself")
-    names = dynamic.dim_names(model, args, kwargs, shapes, program.signature.inputs)
-    conditions = [*exported._guards_code, *functional._guards_code]
-    program.signature = annotate(program.signature, conditions, names)
+    dims = dynamic.user_dims(model, args, kwargs, shapes, program.signature.inputs)
+    names = {symbol: dim.__name__ for symbol, dim in dims.items() if hasattr(dim, "__name__")}
+    program.signature = annotate(program.signature, [*exported._guards_code, *functional._guards_code], names)
+    fixed = {symbol for symbol, dim in dims.items() if (getattr(dim, "min", None) or 0) >= 2}
+    program.signature = size_one.widen(program, model, program.signature.flatten(args, kwargs), fixed)
     return Captured(program, model, program.signature.bind(args, kwargs), reference)
 
 

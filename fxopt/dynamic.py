@@ -18,7 +18,7 @@ from torch.export.dynamic_shapes import _combine_args, _DimHint, _tree_map_with_
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import InputError
-from fxopt.signature import Leaf
+from fxopt.signature import UNLIMITED, Leaf
 
 
 def normalize(shapes: Any) -> Any:
@@ -59,22 +59,23 @@ def enlarge(
     return new_args, new_kwargs
 
 
-def dim_names(
+def user_dims(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, inputs: Sequence[Leaf]
-) -> dict[sympy.Symbol, str]:
-    """The user's name for each dynamic size that has one; *inputs* are the leaves of the captured signature."""
-    names: dict[sympy.Symbol, str] = {}
+) -> dict[sympy.Symbol, Any]:
+    """What the user wrote for each dynamic size; *inputs* are the leaves of the captured signature."""
+    dims: dict[sympy.Symbol, Any] = {}
     if shapes is None:
-        return names
+        return dims
     place = {id(x): leaf for x, leaf in zip(pytree.tree_leaves((args, kwargs)), inputs, strict=True)}
 
-    def name(x: torch.Tensor, axis: int, dim: Any) -> None:
-        captured = place[id(x)].shape
-        if captured is not None and isinstance(captured[axis], sympy.Symbol) and hasattr(dim, "__name__"):
-            names[captured[axis]] = dim.__name__
+    def note(x: torch.Tensor, axis: int, dim: Any) -> None:
+        captured = sympy.sympify((place[id(x)].shape or {})[axis])
+        if _is_dynamic(dim) and len(captured.free_symbols) == 1:
+            (symbol,) = captured.free_symbols
+            dims[symbol] = getattr(dim, "root", dim)  # of 2 * n, the n
 
-    _visit_dims(model, args, kwargs, normalize(shapes), name)
-    return names
+    _visit_dims(model, args, kwargs, normalize(shapes), note)
+    return dims
 
 
 def _visit_dims(
@@ -115,12 +116,11 @@ def leaf(name: str, value: Any, constant: Any) -> Leaf:
 
 
 def ranges(exported: torch.export.ExportedProgram) -> dict[sympy.Symbol, tuple[int, int]]:
-    """Lowest and highest size of each symbol. The lowest is 1: export's own "2" only says "not specialised to 1"."""
-    result = {}
-    for symbol, interval in exported.range_constraints.items():
-        low = _bound(interval.lower, 0)
-        result[symbol] = (1 if low in (0, 2) else low, _bound(interval.upper, 2**63 - 1))
-    return result
+    """Lowest and highest size of each symbol, as torch.export has them."""
+    return {
+        symbol: (_bound(interval.lower, 0), _bound(interval.upper, UNLIMITED))
+        for symbol, interval in exported.range_constraints.items()
+    }
 
 
 def _bound(value: Any, unlimited: int) -> int:

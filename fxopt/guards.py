@@ -48,7 +48,7 @@ class Guard:
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(code: str) -> Callable[[Sequence[Any]], object]:
-    test: Callable[[Sequence[Any]], object] = eval(f"lambda x: {code}", {**SYMPY_INTERP, "inf": math.inf})  # noqa: S307
+    test: Callable[[Sequence[Any]], object] = eval(f"lambda x: {code}", {**SYMPY_INTERP, "inf": math.inf})
     return test
 
 

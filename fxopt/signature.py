@@ -21,6 +21,9 @@ from fxopt.guards import Guard
 
 Dim: TypeAlias = int | sympy.Expr
 
+# The highest size of a dimension without a limit.
+UNLIMITED = 2**63 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -76,6 +79,7 @@ class Signature:
         writebacks: what the model mutates.
         dim_names: the user's names of dynamic sizes, where ``dynamic_shapes`` gave any.
         guards: conditions on dynamic sizes that the graph was captured under.
+        limits: why the lowest size of a symbol is not lower, where that is more than the user's choice.
     """
 
     in_spec: pytree.TreeSpec
@@ -87,6 +91,7 @@ class Signature:
     writebacks: tuple[Writeback, ...] = ()
     dim_names: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    limits: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         args, kwargs = self._children()
@@ -190,6 +195,15 @@ class Signature:
                 return False
         return True
 
+    def sizes(self, leaves: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """The value that each dynamic symbol has for these input leaves."""
+        symbols: dict[sympy.Symbol, int] = {}
+        for leaf, x in zip(self.inputs, leaves, strict=True):
+            for size, expected in zip(x.shape if leaf.is_tensor else (), leaf.shape or (), strict=True):
+                if not isinstance(expected, int):
+                    _settle(expected, size, symbols)
+        return symbols
+
     def _check(self, leaves: Sequence[Any]) -> None:
         symbols: dict[sympy.Symbol, int] = {}
         for leaf, x in zip(self.inputs, leaves, strict=True):
@@ -205,19 +219,29 @@ class Signature:
 
     def _dims_mismatch(self, leaf: Leaf, x: torch.Tensor, symbols: dict[sympy.Symbol, int]) -> str | None:
         for i, (size, expected) in enumerate(zip(x.shape, leaf.shape or (), strict=True)):
+            where = f"has size {size} in dimension {i}, expected"
             if isinstance(expected, int):
                 if size != expected:
-                    return f"has size {size} in dimension {i}, expected {expected}"
+                    return f"{where} {expected}"
                 continue
-            low, high = self.ranges.get(expected, (0, 2**63 - 1))
-            if not low <= size <= high:
-                return f"has size {size} in dimension {i}, expected {low} to {high}"
             value = _settle(expected, size, symbols)
             if value is None:
-                return f"has size {size} in dimension {i}, expected {expected}"
+                return f"{where} {expected}"
             if value != size:
-                return f"has size {size} in dimension {i}, expected {expected} = {value}"
+                return f"{where} {expected} = {value}"
+            for symbol in expected.free_symbols:
+                low, high = self.ranges.get(symbol, (0, UNLIMITED))
+                if not low <= symbols.get(symbol, low) <= high:
+                    return f"{where} {self._allowed(expected, symbol)}"
         return None
+
+    def _allowed(self, expected: sympy.Expr, symbol: sympy.Symbol) -> str:
+        """``3 to 8``, or ``2*n with n at least 2``, with the reason of the lower limit."""
+        low, high = self.ranges[symbol]
+        text = f"at least {low}" if high >= UNLIMITED - 1 else f"{low} to {high}"
+        if expected != symbol:
+            text = f"{expected} with {symbol} {text}"
+        return text + (f" ({self.limits[symbol]})" if symbol in self.limits else "")
 
 
 def _settle(expected: sympy.Expr, size: int, symbols: dict[sympy.Symbol, int]) -> int | None:

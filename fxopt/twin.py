@@ -1,4 +1,4 @@
-"""The private copy of the user's model that is captured, and what it answers: the user's own object is never touched."""
+"""The private copy of the model that is captured, and what it answers: the user's own object is never touched."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _ordinary(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def refuse_nan(model: nn.Module) -> None:
+    """Raises InputError naming the parameters and buffers that hold NaN."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     bad = [name for name, t in tensors if t.is_floating_point() and bool(torch.isnan(t.detach().sum()))]
     bad = [name for name in bad if bool(torch.isnan(_by_name(model, name)).any())]
@@ -54,7 +55,7 @@ def _by_name(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Flat eager outputs. Buffers and inputs that the run mutates are put back."""
+    """Flat eager outputs, without gradients. Buffers and inputs that the run mutates are put back."""
     structures.register((args, kwargs))
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     leaves, spec = pytree.tree_flatten((args, kwargs))

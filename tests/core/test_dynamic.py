@@ -89,7 +89,7 @@ def test_ranges() -> None:
 
 def test_an_empty_batch_is_refused() -> None:
     captured = capture(Matrix(), (torch.randn(4, 3, 4),), None, {"x": {0: "batch"}})
-    with pytest.raises(fxopt.InputError, match="has size 0 in dimension 0, expected 1 to"):
+    with pytest.raises(fxopt.InputError, match="has size 0 in dimension 0, expected at least 1"):
         run(captured, torch.randn(0, 3, 4))
 
 
@@ -132,6 +132,63 @@ def test_the_signature_reads_well() -> None:
     assert "x: float32[" in repr(compiled)
     assert ", 3, 4]" in repr(compiled)
     assert compiled(torch.randn(9, 3, 4)).shape == (9, 3, 5)
+
+
+# --- a size of 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x * 2).squeeze(),
+        lambda x: (x * 2).squeeze(0) + 1,
+        lambda x: x * 3 if x.shape[0] == 1 else x * 2,
+        lambda x: x * 2 if x.shape[0] >= 2 else x * 3,
+    ],
+)
+@pytest.mark.parametrize("dim", ["batch", Dim.AUTO])
+def test_a_size_of_one_that_is_another_graph_is_refused(function: Any, dim: Any) -> None:
+    compiled = fxopt.compile(
+        Model(lambda m, x: function(x)), example_inputs=image(), dynamic_shapes=(({0: dim},),), backend="torch"
+    )
+    assert compiled(image(batch=5)).shape == (5, 4, 6, 6)
+    with pytest.raises(fxopt.InputError, match=r"has size 1 .* at least 2 \(at size 1 the model computes otherwise"):
+        compiled(image(batch=1))
+
+
+def test_an_example_of_size_one_where_it_is_another_graph_is_refused() -> None:
+    with pytest.raises(fxopt.InputError, match="at size 1 the model computes otherwise"):
+        capture(Model(lambda m, x: (x * 2).squeeze()), (image(batch=1),), None, (({0: "batch"},),))
+
+
+def test_a_size_of_one_where_the_model_itself_fails_is_refused() -> None:
+    captured = capture(Model(lambda m, x: x[1] * 2), (image(),), None, (({0: "batch"},),))
+    with pytest.raises(fxopt.InputError, match=r"expected at least 2 \(at size 1 the model itself fails"):
+        run(captured, image(batch=1))
+
+
+def test_each_size_is_tried_on_its_own() -> None:
+    captured = capture(
+        Model(lambda m, x: x * 2 if x.shape[1] != 1 else x * 3), (image(),), None, (({0: "batch", 1: "channels"},),)
+    )
+    assert run(captured, image(batch=1)).shape == (1, 4, 6, 6)
+    with pytest.raises(fxopt.InputError, match="in dimension 1, expected at least 2"):
+        run(captured, image(channels=1))
+
+
+def test_a_view_holds_at_a_size_of_one() -> None:
+    captured = capture(Model(lambda m, x: x.view(-1, 4) * 2), (torch.ones(2, 3, 4),), None, (({1: "length"},),))
+    assert run(captured, torch.ones(2, 1, 4)).shape == (2, 4)
+
+
+def test_a_lowest_size_of_the_user_holds() -> None:
+    n = Dim("n", min=2)
+    captured = capture(Matrix(), (torch.randn(4, 3, 4),), None, {"x": {0: n}})
+    with pytest.raises(fxopt.InputError, match=r"has size 1 in dimension 0, expected at least 2;"):
+        run(captured, torch.randn(1, 3, 4))
+    captured = capture(Two(), (torch.ones(6, 2), torch.ones(3, 2)), None, {"x": {0: 2 * n}, "y": {0: n}})
+    with pytest.raises(fxopt.InputError, match=r"has size 2 in dimension 0, expected .* at least 2"):
+        run(captured, torch.ones(2, 2), torch.ones(1, 2))
 
 
 # --- branches on sizes
