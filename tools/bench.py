@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from tools import RESULTS, bench_compile, models
-from tools.contestants import CONTESTANTS, PEERS, Built, Subject, build, warm_up
+from tools.contestants import ALL, CONTESTANTS, INT8, PEERS, Built, Subject, build, warm_up
 from tools.timing import geometric_mean, medians
 from tools.zoo import free_memory
 
@@ -163,7 +163,8 @@ def machine(threads: int) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; default: all seven")
-    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma-separated; default: all")
+    parser.add_argument("--contestants", default="", help="comma-separated, float or int8; default: all of one kind")
+    parser.add_argument("--int8", action="store_true", help="the engines in int8, calibrated with random data")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=10, help="timed calls in a block, at least")
@@ -177,10 +178,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _latency(options: argparse.Namespace) -> tuple[str, object]:
-    names = [name.strip() for name in options.contestants.split(",")]
-    unknown = [name for name in names if name not in CONTESTANTS]
+    names = [name.strip() for name in options.contestants.split(",") if name.strip()]
+    names = names or list(INT8 if options.int8 else CONTESTANTS)
+    unknown = [name for name in names if name not in ALL]
     if unknown:
-        raise SystemExit(f"unknown contestants {', '.join(unknown)}; known: {', '.join(CONTESTANTS)}")
+        raise SystemExit(f"unknown contestants {', '.join(unknown)}; known: {', '.join(ALL)}")
     if "eager" not in names:
         names.insert(0, "eager")
     warm_up(names, options.threads)
@@ -189,10 +191,14 @@ def _latency(options: argparse.Namespace) -> tuple[str, object]:
         limits = {"rounds": options.rounds, "calls": options.calls, "limit_s": options.build_limit}
         rows.append(measure(model.strip(), names, threads=options.threads, **limits))
         free_memory()
-        plot(rows, names, options.output / "latency.png")
+        plot(rows, names, options.output / f"{_latency_name(options)}.png")
         text, data = latency_table(rows, names), [vars(row) for row in rows]
-        _write("latency", text, data, options)  # an interrupted run keeps what it measured
+        _write(_latency_name(options), text, data, options)  # an interrupted run keeps what it measured
     return text, data
+
+
+def _latency_name(options: argparse.Namespace) -> str:
+    return "latency-int8" if options.int8 else "latency"
 
 
 def _write(what: str, text: str, data: object, options: argparse.Namespace) -> None:
@@ -214,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.memory:
         what, (text, data) = "memory", bench_compile.memory()
     else:
-        what, (text, data) = "latency", _latency(options)
+        what, (text, data) = _latency_name(options), _latency(options)
     _write(what, text, data, options)
     Console().print(Markdown(text))
     print(f"{machine(options.threads)}\nwritten to {options.output}/{what}.md")

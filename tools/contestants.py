@@ -2,6 +2,7 @@
 
 A contestant is built from an eager model and its inputs and gives a call without arguments. All of them get the same
 number of threads. The plain ONNX file, exported once from the untouched model, serves onnxruntime and OpenVINO.
+Those that compute in int8 (``INT8``) are calibrated with the same random data.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxopt
+from tools import calibration, quantizers
 
 Call = Callable[[], Any]
 BF16 = "cast-precision{dtype=bf16}"
+QUANTIZED = "insert-fake-quant"
+BATCHES = 8
+"""Calibration batches of the int8 contestants."""
 
 
 @dataclass
@@ -53,12 +58,14 @@ class Subject:
             self._onnx = path
         return self._onnx
 
+    @property
+    def calibration(self) -> list[calibration.Inputs]:
+        """The inputs, and random batches shaped like them."""
+        return [self.inputs, *calibration.samples(self.inputs, BATCHES - 1)]
+
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The inputs by their names in the ONNX file."""
-        import onnx
-
-        graph = onnx.load(self.onnx, load_external_data=False).graph
-        return {value.name: x.numpy() for value, x in zip(graph.input, self.inputs, strict=True)}
+        return quantizers.arrays(self.onnx, [self.inputs])[0]
 
 
 def eager(subject: Subject) -> Call:
@@ -71,13 +78,14 @@ def eager(subject: Subject) -> Call:
     return call
 
 
-def inductor(subject: Subject, *, bf16: bool = False) -> Call:
+def inductor(subject: Subject, *, bf16: bool = False, int8: bool = False) -> Call:
     """torch.compile with frozen weights; in bf16 under autocast. Caches are off, so that compile time is honest."""
     import torch._inductor.config as config
 
     config.force_disable_caches = True
     config.freezing = True
-    compiled = torch.compile(subject.model)
+    model = quantizers.torchao_pt2e(subject.model, subject.inputs, subject.calibration) if int8 else subject.model
+    compiled = torch.compile(model)
 
     def call() -> Any:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -86,27 +94,37 @@ def inductor(subject: Subject, *, bf16: bool = False) -> Call:
     return call
 
 
-def onnxruntime(subject: Subject) -> Call:
-    """The plain file on onnxruntime, with its own optimizations."""
+def onnxruntime(subject: Subject, *, int8: str = "") -> Call:
+    """The plain file, or what *int8* ("static" or "dynamic") makes of it, with onnxruntime's own optimizations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = subject.threads
-    session = ort.InferenceSession(str(subject.onnx), options, providers=["CPUExecutionProvider"])
+    path = subject.onnx
+    if int8 == "static":
+        path = quantizers.onnxruntime_static(path, subject.calibration, subject.folder)
+    elif int8 == "dynamic":
+        path = quantizers.onnxruntime_dynamic(path, subject.folder)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = subject.arrays()
     return lambda: session.run(None, feed)
 
 
-def openvino(subject: Subject, *, precision: str = "f32") -> Call:
-    """The plain file on OpenVINO, with its own optimizations."""
+def openvino(subject: Subject, *, precision: str = "f32", int8: bool = False) -> Call:
+    """The plain file, or what NNCF makes of it, with OpenVINO's own optimizations.
+
+    Args:
+        subject: the model.
+        precision: of what is not int8; "auto" is OpenVINO's choice, bf16 where the machine has it.
+        int8: quantize with NNCF.
+    """
     import openvino as ov
 
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": subject.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = ov.Core().compile_model(str(subject.onnx), "CPU", options)
+    options = {"INFERENCE_NUM_THREADS": subject.threads, "PERFORMANCE_HINT": "LATENCY"}
+    if precision != "auto":
+        options["INFERENCE_PRECISION_HINT"] = precision
+    model = quantizers.nncf(subject.onnx, subject.calibration, subject.model) if int8 else str(subject.onnx)
+    compiled = ov.Core().compile_model(model, "CPU", options)
     feed = list(subject.arrays().values())
 
     def call() -> Any:
@@ -120,7 +138,12 @@ def with_fxopt(subject: Subject, *, backend: str, passes: str | None = None, **o
     if backend in ("onnx", "openvino"):
         options["threads"] = subject.threads
     compiled = fxopt.compile(
-        subject.model, example_inputs=subject.inputs, passes=passes, backend=backend, backend_options=options or None
+        subject.model,
+        example_inputs=subject.inputs,
+        passes=passes,
+        calibration=subject.calibration if passes == QUANTIZED else None,
+        backend=backend,
+        backend_options=options or None,
     )
     return lambda: compiled(*subject.inputs)
 
@@ -140,6 +163,19 @@ CONTESTANTS: dict[str, Callable[[Subject], Call]] = {
     "fxopt auto": lambda s: with_fxopt(s, backend="auto"),
 }
 
+INT8: dict[str, Callable[[Subject], Call]] = {
+    "eager": eager,
+    "torchao inductor int8": lambda s: inductor(s, int8=True),
+    "onnxruntime int8": lambda s: onnxruntime(s, int8="static"),
+    "onnxruntime int8 dynamic": lambda s: onnxruntime(s, int8="dynamic"),
+    "nncf openvino int8": lambda s: openvino(s, precision="auto", int8=True),
+    "fxopt torch int8": lambda s: with_fxopt(s, backend="torch", passes=QUANTIZED),
+    "fxopt onnx int8": lambda s: with_fxopt(s, backend="onnx", passes=QUANTIZED),
+    "fxopt openvino int8": lambda s: with_fxopt(s, backend="openvino", passes=QUANTIZED),
+    "fxopt auto int8": lambda s: with_fxopt(s, backend="auto", passes=QUANTIZED),
+}
+ALL = {**CONTESTANTS, **INT8}
+
 PEERS: dict[str, tuple[str, ...]] = {
     "fxopt torch": ("inductor",),
     "fxopt torch bf16": ("inductor bf16",),
@@ -147,6 +183,10 @@ PEERS: dict[str, tuple[str, ...]] = {
     "fxopt openvino": ("openvino",),
     "fxopt openvino bf16": ("openvino bf16",),
     "fxopt auto": ("inductor", "onnxruntime", "openvino"),
+    "fxopt torch int8": ("torchao inductor int8", "onnxruntime int8", "onnxruntime int8 dynamic"),
+    "fxopt onnx int8": ("onnxruntime int8", "onnxruntime int8 dynamic"),
+    "fxopt openvino int8": ("nncf openvino int8",),
+    "fxopt auto int8": ("nncf openvino int8", "onnxruntime int8", "onnxruntime int8 dynamic", "torchao inductor int8"),
 }
 """What each fxopt contestant is held against: the fastest of these, in the same run."""
 
@@ -173,18 +213,23 @@ def build(name: str, subject: Subject, *, limit_s: float = 300.0) -> Built:
     start = time.perf_counter()
     try:
         subject._onnx = None  # every contestant pays for its own export
-        with _time_limit(limit_s):
-            call = CONTESTANTS[name](subject)
+        with time_limit(limit_s):
+            call = ALL[name](subject)
             result = call()
         seconds = time.perf_counter() - start
         return Built(call, seconds, _difference(result, eager(subject)()))
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return Built(None, time.perf_counter() - start, failure=f"{type(error).__name__}: {lines[0][:200]}")
+        return Built(None, time.perf_counter() - start, failure=one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """Kind and first line of *error*, at most 200 characters of it."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in the main thread after *seconds*."""
 
     def expired(_signal: int, _frame: FrameType | None) -> None:

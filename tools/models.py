@@ -8,7 +8,9 @@ by one and add zero, and comparing it with eager would prove little.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -35,6 +37,8 @@ def declare_torchvision_operators() -> None:
     _KEPT.append(library)
 
 
+# transformers imports torchao where it is installed, which tries kernels of other machines, with a warning for each.
+logging.getLogger("torchao").setLevel(logging.ERROR)
 _KEPT: list[Any] = []  # a Library takes its declarations back when it is collected
 declare_torchvision_operators()
 
@@ -223,3 +227,59 @@ def _take_statistics(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     power = inputs[0].square().mean([d for d in range(inputs[0].dim()) if d != 1])
     norm.running_var.copy_(power.clamp(min=0.1 * float(power.mean()) + 1e-6))  # silent channels stay quiet
     norm.running_mean.copy_(0.1 * torch.randn_like(power) * norm.running_var.sqrt())
+
+
+@torch.no_grad()
+def with_outliers(model: nn.Module, seed: int, *inputs: torch.Tensor, channels: int = 3) -> nn.Module:
+    """Gives the norms of a transformer a few channels 20 to 50 times as large as the others; returns the model.
+
+    The channels are the same in every norm, as in trained language models (Dettmers et al., LLM.int8(), 2022). Weights
+    that read a norm shrink by as much, so that what the other channels say still matters: without that the large
+    channels would be all of the signal, and nothing would be lost by rounding the rest away.
+
+    Args:
+        model: changed in place; layer norms and RMS norms over the last dim.
+        seed: of the choice of channels and factors.
+        inputs: positional inputs of a forward that finds the readers; without any, only the norms change, all of them.
+            With inputs, norms that no linear reads stay as they are.
+        channels: how many become large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = [m for m in model.modules() if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None]
+    readers = _readers(model, norms, inputs) if inputs else {norm: [] for norm in norms}
+    chosen: dict[int, torch.Tensor] = {}
+    for norm, linears in readers.items():
+        width = int(norm.weight.numel())
+        if width not in chosen:
+            chosen[width] = torch.randperm(width, generator=generator)[:channels]
+        factor = torch.ones(width)
+        factor[chosen[width]] = 20 + 30 * torch.rand(channels, generator=generator)
+        for parameter in norm.parameters(recurse=False):
+            parameter.mul_(factor)
+        for linear in linears:
+            columns = factor if isinstance(linear, nn.Linear) else factor[:, None]  # transformers' Conv1D is [in, out]
+            linear.weight.div_(columns)
+    return model
+
+
+def _readers(model: nn.Module, norms: list[Any], inputs: tuple[torch.Tensor, ...]) -> dict[Any, list[Any]]:
+    """The linears that read each norm; norms that none reads are left out."""
+    made: list[tuple[Any, torch.Tensor]] = []
+    found: dict[Any, list[Any]] = {}
+
+    def enter(linear: nn.Module, args: tuple[Any, ...]) -> None:
+        norm = next((n for n, y in reversed(made) if y.data_ptr() == args[0].data_ptr()), None)
+        if norm is not None:
+            found.setdefault(norm, []).append(linear)
+
+    def leave(norm: nn.Module, _args: object, output: torch.Tensor) -> None:
+        made.append((norm, output))  # kept alive: no later tensor takes its address
+
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    linears = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    hooks = [m.register_forward_pre_hook(enter) for m in linears if uses[id(m.weight)] == 1]  # not tied ones
+    hooks += [norm.register_forward_hook(leave) for norm in norms]
+    model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
