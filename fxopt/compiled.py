@@ -198,7 +198,5 @@ class CompiledModel:
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     structures.register((args, kwargs))
     leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-    parts = [
-        (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (type(x).__name__, repr(x)) for x in leaves
-    ]
-    return (str(tree), tuple(parts))
+    parts = [(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else structures.fingerprint(x) for x in leaves]
+    return structures.tree_key(tree), tuple(parts)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import InputError
 from fxopt.guards import Guard
+from fxopt.structures import fingerprint
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -265,7 +266,7 @@ def _is_same_scalar(a: object, b: object) -> bool:
 
 def _mismatch(leaf: Leaf, x: object) -> str | None:
     if not leaf.is_tensor:
-        same = type(x) is type(leaf.value) and repr(x) == repr(leaf.value)
+        same = x is leaf.value or fingerprint(x) == fingerprint(leaf.value)
         return None if same else f"is {x!r}, expected {leaf.value!r}"
     if not isinstance(x, torch.Tensor):
         return f"is {type(x).__name__}, expected a tensor"

@@ -9,9 +9,12 @@ all others are kept as they were at capture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import enum
+import hashlib
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -95,16 +98,62 @@ def _unflatten(kind: type, children: Any, context: Any) -> Any:
 
 
 class _Rest:
-    """Attributes without tensors. Equal for any two objects of a type: they do not shape the graph's outputs."""
+    """Attributes without tensors. A model may branch on them, so two objects are alike only where all of them are."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self.attributes = attributes
+        self.fingerprint = fingerprint(attributes)  # taken now: the attributes may be changed later
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rest) and self.attributes.keys() == other.attributes.keys()
+        return isinstance(other, _Rest) and self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
-        return hash(tuple(sorted(self.attributes)))
+        return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        return f"_Rest({', '.join(sorted(self.attributes))})"
+        return f"_Rest({self.fingerprint})"
+
+
+_SCALARS = (
+    int, float, complex, str, bytes, type(None), range, np.generic, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+)  # fmt: skip
+
+
+def fingerprint(value: Any, within: tuple[int, ...] = ()) -> str:
+    """Text that is equal for two values only where no model can tell them apart.
+
+    Containers and objects are taken apart, not trusted to print or compare themselves; what cannot be taken apart
+    stands for itself alone.
+    """
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, _SCALARS) and not hasattr(value, "__dict__"):
+        return f"{kind} {value!r}"
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return f"{kind} {value.dtype}{value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, enum.Enum):
+        return f"{kind} {value.name}"
+    if id(value) in within:
+        return f"{kind} around it, {within.index(id(value))}"
+    parts = _parts(value, (*within, id(value)))
+    return f"{kind} at {id(value):#x}" if parts is None else f"{kind}({', '.join(parts)})"
+
+
+def _parts(value: Any, within: tuple[int, ...]) -> list[str] | None:
+    """Fingerprints of what a container or object consists of; None for anything else."""
+    if isinstance(value, Mapping):
+        parts = [f"{fingerprint(key, within)}: {fingerprint(child, within)}" for key, child in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [fingerprint(child, within) for child in value]
+    elif isinstance(value, (set, frozenset)):
+        parts = sorted(fingerprint(child, within) for child in value)
+    elif _is_plain_object(value) and not isinstance(value, (type, *_SCALARS)):
+        parts = []
+    else:
+        return None
+    return parts + [f"{name}={fingerprint(child, within)}" for name, child in getattr(value, "__dict__", {}).items()]
+
+
+def tree_key(spec: pytree.TreeSpec) -> Hashable:
+    """A key that two structures share only where they are the same, attributes included."""
+    return spec.type, fingerprint(spec.context), tuple(tree_key(child) for child in spec.children())

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxopt
-from fxopt import verify
+from fxopt import structures, verify
 from fxopt.capture import Captured, capture
+from fxopt.compiled import _key
 from tests.passes.models import Model, chain, image
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
@@ -397,3 +401,60 @@ def test_infinite_weights_are_not() -> None:
     model = chain(nn.Linear(3, 3))
     model[0].weight.data[0] = torch.tensor([float("inf"), -float("inf"), 0.0])  # type: ignore[index]
     assert capture(model, (X,)).program.numel() == 12
+
+
+# --- values that are no tensors
+
+
+class Cache:
+    """Keys of earlier steps, as language models pass them around."""
+
+    def __init__(self, keys: torch.Tensor, position: Any) -> None:
+        self.keys = keys
+        self.position = position
+
+
+class Opaque:
+    """Prints like every other of its kind."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "Opaque()"
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+VALUES = [
+    (1, 2), (1, True), (1, 1.0), ("a", "b"), ([1, 2], [1, 3]), ([1], (1,)), ({"a": 1}, {"a": 2}), ({1, 2}, {1, 3}),
+    (Opaque(1), Opaque(2)), (np.arange(9000), np.arange(9000) + (np.arange(9000) == 5000)), (None, 0),
+    (np.float32(1), np.float32(2)), (Opaque([Opaque(1)]), Opaque([Opaque(2)])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), VALUES)
+def test_an_object_with_other_attributes_is_another_input(one: Any, other: Any) -> None:
+    model = Model(lambda m, x, cache: x + cache.keys)
+    captured = capture(model, (X, Cache(X, one)))
+    assert torch.equal(run(captured, X, Cache(X, copy.deepcopy(one))), X + X)
+    with pytest.raises(fxopt.InputError, match="another structure"):
+        run(captured, X, Cache(X, other))
+    key = functools.partial(_key, kwargs={})
+    assert key((X, Cache(X, one))) == key((X, Cache(X, copy.deepcopy(one)))) != key((X, Cache(X, other)))
+
+
+@pytest.mark.parametrize(("one", "other"), VALUES)
+def test_another_value_that_prints_alike_is_another_input(one: Any, other: Any) -> None:
+    assert structures.fingerprint(one) == structures.fingerprint(copy.deepcopy(one)) != structures.fingerprint(other)
+
+
+def test_an_object_around_itself_has_a_fingerprint() -> None:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    assert structures.fingerprint(loop) == structures.fingerprint(copy.deepcopy(loop))
+    assert structures.fingerprint(nn.Linear) != structures.fingerprint(nn.Module)
+    assert structures.fingerprint(print) != structures.fingerprint(len)

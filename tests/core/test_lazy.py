@@ -224,3 +224,15 @@ def test_threads_share_the_state() -> None:
         with ThreadPoolExecutor(4) as pool:
             seen = list(pool.map(lambda n: float(compiled(torch.ones(n % 2 + 1))[0]), range(40)))
     assert sorted(seen) == list(range(1, 41))
+
+
+def test_an_object_with_another_attribute_is_captured_anew() -> None:
+    class Cache:
+        def __init__(self, keys: torch.Tensor, position: int) -> None:
+            self.keys = keys
+            self.position = position
+
+    compiled = lazy(Model(lambda m, x, cache: x * cache.position + cache.keys))
+    x = torch.ones(2)
+    for position in (1, 2, 1, 3):
+        assert torch.equal(quietly(compiled, x, Cache(x, position)), x * position + 1)
