@@ -49,14 +49,20 @@ class Rewritten:
     state: State
     left: Sequence[Pass]
 
-    def specialize(self, engine: str, *, one_of_many: bool) -> State:
+    def specialize(self, engine: Backend, *, one_of_many: bool) -> State:
         """The program with all passes for *engine*; where there are several, each has a dump folder of its own."""
         if not self.left:
             return self.state
         folder = self.pipeline.folder
         if folder is not None and one_of_many:
-            folder = Path(folder) / engine
-        ctx = dataclasses.replace(self.pipeline.ctx, engine=engine)
+            folder = Path(folder) / engine.name
+        ctx = self.pipeline.ctx
+
+        def latency(program: Program) -> float:
+            executable = engine.lower(program, ctx.target, ctx.inputs)
+            return latency_ms(lambda: executable(ctx.inputs), budget_s=0.5, calls=30)
+
+        ctx = dataclasses.replace(ctx, engine=engine.name, latency=latency if ctx.target.runs_here else None)
         return dataclasses.replace(self.pipeline, ctx=ctx, folder=folder).advance(self.state, self.left)
 
 
@@ -75,7 +81,7 @@ class Lowering:
     def named(self) -> Variant:
         """The variant on the one backend that the user chose."""
         assert isinstance(self.plan.backend, Backend)
-        variant = self._lower(self.plan.backend, self._state(self.plan.backend.name))
+        variant = self._lower(self.plan.backend, self._state(self.plan.backend))
         if self.plan.target.runs_here:
             with self.stages.stage("measure"):
                 self.latency_ms["fxopt"] = self._latency(variant)
@@ -88,7 +94,7 @@ class Lowering:
             try:
                 cls = registry.find_backend(name)
                 cls.require()
-                state = self._state(name)
+                state = self._state(cls())
                 state = dataclasses.replace(state, program=state.program.copy())  # each engine consumes its own
                 variant = self._lower(cls(), state)
             except (BackendUnavailable, UnsupportedOp) as error:
@@ -110,7 +116,7 @@ class Lowering:
             raise BackendUnavailable(f"no backend of target {self.plan.target} takes this model: {reasons}")
         return self._finish(best)
 
-    def _state(self, engine: str) -> State:
+    def _state(self, engine: Backend) -> State:
         with self.stages.stage("passes"):
             return self.rewritten.specialize(engine, one_of_many=self.plan.backend == "auto")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fxopt.errors import PreconditionError
@@ -12,6 +12,7 @@ from fxopt.target import Target
 
 if TYPE_CHECKING:
     from fxopt.calibration import Calibration
+    from fxopt.program import Program
     from fxopt.rewriter import Rewriter
 
 
@@ -24,12 +25,15 @@ class PassContext:
         inputs: flat example inputs, one for each placeholder.
         calibration: the user's calibration data, or None.
         engine: name of the backend that the graph is for; "" as long as that is open.
+        latency: milliseconds of a program (which is used up) on that backend and the example inputs; None where the
+            target cannot run here.
     """
 
     target: Target
     inputs: Sequence[Any]
     calibration: Calibration | None = None
     engine: str = ""
+    latency: Callable[[Program], float] | None = None
 
     def batches(self, who: Pass) -> Iterator[list[Any]]:
         """Flat inputs of each calibration batch.

@@ -4,34 +4,22 @@
 
 Four steps, a module each: the ``scheme`` says what the engine computes in int8; the ``placement`` finds the values
 that become integers; ``calibrate`` runs the float graph over the calibration data and finds their ranges; ``insert``
-edits the graph. Then ``quality`` compares with float on samples that were kept back, and where too much was lost the
+edits the graph; ``quantization`` is the one run of it all. Then ``quality`` compares with float on samples that were kept back, and where too much was lost the
 user is warned, or gets an error, or the worst layers go back to float (``on_loss``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-from torch import fx
-
-from fxopt import ops, quantized
-from fxopt.errors import SpecError, VerifyError
+from fxopt.errors import SpecError
 from fxopt.passbase import Pass, PassContext
-from fxopt.passes.insert_fake_quant import calibrate, insert, quality
-from fxopt.passes.insert_fake_quant.insert import Range
-from fxopt.passes.insert_fake_quant.placement import Placement, place
-from fxopt.passes.insert_fake_quant.scheme import Scheme, choose, named
-from fxopt.program import Program, source_line
+from fxopt.passes.insert_fake_quant.quantization import Quantization
+from fxopt.passes.insert_fake_quant.scheme import named
 from fxopt.rewriter import Rewriter
 
 _MODES = ("static", "dynamic", "none", "float")
-_UNITS = ("conv", "conv_transpose", "linear")
-_WORST = 5  # layers named in a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +35,8 @@ class InsertFakeQuant(Pass):
         calibrator: how ranges are found: "minmax", "moving-average", "percentile", "mse" or "entropy".
         overrides: "pattern=mode" for ops whose name, or whose weight's name, fits the shell pattern; the last that fits
             wins. A mode is static, dynamic, none (weight-only) or float. Example: ``['classifier*=float']``.
+        objective: "coverage" to quantize whatever can be, or "latency" to leave in float what makes the model slower on
+            the engine, as measured on the example inputs.
         first_last: quantize the first and the last conv or linear too.
         smooth: run smooth-quant before, which evens out the channels of what linears read.
         on_loss: "warn", "raise", or "repair" (the worst layers go back to float) when an output falls below *cosine*.
@@ -69,6 +59,7 @@ class InsertFakeQuant(Pass):
     group_size: int = 128
     calibrator: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "minmax"
     overrides: tuple[str, ...] = ()
+    objective: Literal["coverage", "latency"] = "coverage"
     first_last: bool = True
     smooth: bool = True
     on_loss: Literal["warn", "raise", "repair"] = "warn"
@@ -98,173 +89,3 @@ class InsertFakeQuant(Pass):
             VerifyError: ``on_loss=raise``, and an output lost too much.
         """
         Quantization(self, rewriter, ctx).run()
-
-
-class Quantization:
-    """One run of the pass. Decisions are kept by node name, so that they hold for copies of the graph too."""
-
-    def __init__(self, options: InsertFakeQuant, rewriter: Rewriter, ctx: PassContext) -> None:
-        self.options = options
-        self.rewriter = rewriter
-        self.ctx = ctx
-        self.scheme: Scheme = choose(options.scheme, ctx.target, ctx.engine)
-        self.modes: dict[str, str] = {}
-        self.reasons: dict[str, str] = {}
-        self.ranges: dict[str, Range] = {}
-
-    def run(self) -> None:
-        """Decide, calibrate, check and perhaps repair, insert, report."""
-        if self.options.activations == "static":
-            insert.split_units(self.rewriter, self.scheme)
-        self._decide()
-        exact = self.rewriter.program.copy()
-        if "static" in self.modes.values():
-            self._observe(exact)
-        kept = calibrate.kept_back(self.ctx.batches(self.options)) if self.ctx.calibration is not None else []
-        found = self._check(exact, kept) if kept and self.modes else []
-        if self.options.on_loss == "repair":
-            while found and self._lost(found) and self._put_back(exact, kept):
-                found = self._check(exact, kept)
-        self._insert(self.rewriter)
-        self._report(exact, kept, found)
-
-    def _decide(self) -> None:
-        """The mode of each conv and linear, or the reason why it stays in float."""
-        units = [n for n in self.rewriter.nodes() if ops.kind(n) in _UNITS]
-        ends = {units[0], units[-1]} if units and not self.options.first_last else set()
-        for unit in units:
-            if quantized.is_dequantize(ops.arguments(unit)["weight"]):
-                continue
-            mode = self._mode(unit)
-            if mode == "dynamic" and not self.scheme.dynamic:
-                self.rewriter.note(f"scheme {self.scheme.name}: the engine quantizes activations by itself")
-                mode = "none"
-            reason = self._refusal(unit, mode)
-            if unit in ends:
-                reason = "the first and the last layer stay in float, as asked"
-            if reason is None:
-                self.modes[unit.name] = mode
-            else:
-                self.reasons[unit.name] = reason
-
-    def _mode(self, unit: fx.Node) -> str:
-        """What the user wants for *unit*."""
-        mode, names = self.options.activations, (unit.name, _weight_name(unit), ops.kind(unit))
-        for text in self.options.overrides:
-            pattern, _, other = text.rpartition("=")
-            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                mode = other  # type: ignore[assignment]
-        return mode
-
-    def _refusal(self, unit: fx.Node, mode: str) -> str | None:
-        what = ops.kind(unit)
-        tensor = self.rewriter.tensor(ops.arguments(unit)["weight"])
-        if mode == "float":
-            return "stays in float, as asked"
-        if tensor is None:
-            return "its weight is computed, not a constant"
-        if unit.meta["val"].dtype is not torch.float32 or tensor.dtype is not torch.float32:
-            return f"computes in {unit.meta['val'].dtype}; only float32 is quantized"
-        if what not in self.scheme.units:
-            return self.scheme.declined.get(what, f"scheme {self.scheme.name} has no int8 {what}")
-        if mode != "static" and what != "linear":
-            return f"activations={mode} is for linears"
-        return self.scheme.refuse(unit) if mode == "static" else None
-
-    def _place(self, program: Program) -> Placement:
-        def refuse(node: fx.Node) -> str | None:
-            return None if self.modes.get(node.name) == "static" else "float"
-
-        return place(program.graph, self.scheme, refuse)
-
-    def _observe(self, exact: Program) -> None:
-        """Ranges of all values that decide a group and have none yet."""
-        missing = {node.name for node in self._place(exact).sources()} - self.ranges.keys()
-        if missing:
-            batches = self.ctx.batches(self.options)
-            calibrator = self.options.calibrator
-            self.ranges |= calibrate.observe(exact, batches, missing, calibrator, self.scheme.activation)
-
-    def _insert(self, rewriter: Rewriter) -> None:
-        placement = self._place(rewriter.program)
-        groups: dict[fx.Node, Range] = {}
-        for source in placement.sources():
-            group, one = placement.quantized[source], self.ranges[source.name]
-            groups[group] = groups[group].union(one) if group in groups else one
-        units = {n: self.modes[n.name] for n in rewriter.nodes() if n.name in self.modes}
-        for unit, mode in units.items():
-            if mode == "none" and self.options.weights == "int4":
-                insert.grouped_weight(rewriter, unit, self.options.group_size)
-            else:
-                insert.weight(rewriter, unit, self.scheme.weight, per_channel=self.scheme.per_channel)
-        insert.activations(rewriter, placement, self.scheme.activation, groups)
-        insert.dynamic(rewriter, [u for u, mode in units.items() if mode == "dynamic"], self.scheme.activation)
-
-    def _trial(self, exact: Program) -> Program:
-        program = exact.copy()
-        self._insert(Rewriter(program))
-        program.remove_dead()
-        return program
-
-    def _check(self, exact: Program, kept: list[Sequence[Any]]) -> list[quality.OutputQuality]:
-        return quality.outputs(exact, self._trial(exact), kept)
-
-    def _lost(self, found: Sequence[quality.OutputQuality]) -> list[quality.OutputQuality]:
-        return [one for one in found if not one.cosine >= self.options.cosine]
-
-    def _noise(self, exact: Program, kept: list[Sequence[Any]]) -> Mapping[str, quality.Noise]:
-        return quality.layers(exact, self._trial(exact), list(self.modes), kept[0]) if kept and self.modes else {}
-
-    def _put_back(self, exact: Program, kept: list[Sequence[Any]]) -> bool:
-        """Return the layers to float that harm the outputs most; False where none is left to return."""
-        without: dict[str, float] = {}
-        for name, mode in list(self.modes.items()):
-            del self.modes[name]
-            self._observe(exact)
-            without[name] = min(one.cosine for one in self._check(exact, kept[:1]))
-            self.modes[name] = mode
-        worst = sorted(without, key=without.__getitem__, reverse=True)[: max(1, len(without) // 10)]
-        for name in worst:
-            del self.modes[name]
-            self.reasons[name] = f"put back: without it quantized the outputs have cosine {without[name]:.4f}"
-        return bool(worst)
-
-    def _report(self, exact: Program, kept: list[Sequence[Any]], found: list[quality.OutputQuality]) -> None:
-        nodes = {node.name: node for node in exact.graph.nodes}
-        noise = self._noise(exact, kept)
-        layers = []
-        for name in [n for n in nodes if n in self.modes or n in self.reasons]:
-            node, snr = nodes[name], noise.get(name)
-            mode, reason = self.modes.get(name, "float"), self.reasons.get(name, "")
-            label = {"none": "weight-only"}.get(mode, mode)
-            given = self.ranges.get(node.all_input_nodes[0].name) if mode == "static" else None
-            layers.append(
-                quality.LayerQuality(
-                    name, ops.kind(node), _weight_name(node), label, snr.snr_db if snr else None,
-                    given.low if given else None, given.high if given else None, None, reason, source_line(node),
-                )
-            )  # fmt: skip
-            if reason:
-                self.rewriter.skip(node, reason)
-        self.rewriter.details["quantization"] = quality.Quality(self.scheme.name, tuple(found), tuple(layers))
-        lost = self._lost(found)
-        if lost:
-            self._complain(lost, noise)
-
-    def _complain(self, lost: list[quality.OutputQuality], noise: Mapping[str, quality.Noise]) -> None:
-        worst = sorted(noise, key=lambda name: noise[name].snr_db)[:_WORST]
-        names = ", ".join(f"{name} ({noise[name].snr_db:.1f} dB)" for name in worst)
-        text = (
-            f"insert-fake-quant lost more than cosine {self.options.cosine} allows: {'; '.join(map(str, lost))}. "
-            f"Worst layers: {names}. Try smooth-quant (outlier channels), calibrator=mse, overrides=['<layer>=float'], "
-            "on_loss=repair, or quantization-aware training with fxopt.prepare"
-        )
-        if self.options.on_loss == "raise":
-            raise VerifyError(text)
-        self.rewriter.note(text)
-        warnings.warn(text, stacklevel=2)
-
-
-def _weight_name(unit: fx.Node) -> str:
-    weight = ops.arguments(unit)["weight"]
-    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
