@@ -30,6 +30,7 @@ from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.explain import explain
 from fxopt.functionalize import functionalize
 from fxopt.guards import annotate
+from fxopt.memory import overlap, own_copy
 from fxopt.program import Program
 from fxopt.signature import Signature, Writeback
 from fxopt.twin import private_copy, refuse_nan, run_eager
@@ -80,6 +81,7 @@ def capture(
     twin = private_copy(model)
     refuse_nan(twin)
     reference = run_eager(twin, args, kwargs)
+    args, kwargs = _distinct(args, kwargs)
     exported = _export(twin, args, kwargs, dynamic_shapes)
     return _finish(exported, twin, args, kwargs, reference, dynamic_shapes)
 
@@ -148,7 +150,6 @@ def quiet_export() -> Iterator[None]:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    args, kwargs = _distinct(args, kwargs)
     shapes = dynamic.normalize(shapes)
     if shapes is not None:
         args, kwargs = dynamic.enlarge(model, args, kwargs, shapes)
@@ -162,13 +163,15 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
 
 
 def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs, no tensor among them twice: torch.export would take two such inputs for one."""
-    seen: set[int] = set()
+    """The inputs, no two of them over the same memory: torch.export would take them for one, or fail."""
+    seen: list[torch.Tensor] = []
 
     def own(x: Any) -> Any:
-        known = id(x) in seen
-        seen.add(id(x))
-        return x.clone() if known and isinstance(x, torch.Tensor) else x
+        if not isinstance(x, torch.Tensor):
+            return x
+        shared = overlap([x, *seen], [0]) not in (None, (0, 0)) or any(x is y for y in seen)
+        seen.append(own_copy(x) if shared else x)
+        return seen[-1]
 
     return cast(tuple[tuple[Any, ...], dict[str, Any]], pytree.tree_map(own, (args, kwargs)))
 

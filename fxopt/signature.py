@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import InputError
 from fxopt.guards import Guard
+from fxopt.memory import overlap
 from fxopt.structures import fingerprint
 
 Dim: TypeAlias = int | sympy.Expr
@@ -96,10 +97,17 @@ class Signature:
 
     def __post_init__(self) -> None:
         args, kwargs = self._children()
-        plain = not kwargs and all(c.is_leaf() for c in args) and all(leaf.is_tensor for leaf in self.inputs)
+        written = [back.input for back in self.writebacks if back.input is not None]
+        plain = (
+            not written
+            and not kwargs
+            and all(c.is_leaf() for c in args)
+            and all(leaf.is_tensor for leaf in self.inputs)
+        )
         static = all(isinstance(d, int) for leaf in self.inputs for d in leaf.shape or ())
         checks = [(torch.Size(leaf.shape or ()), leaf.dtype) for leaf in self.inputs] if plain and static else None
         object.__setattr__(self, "_quick", checks)
+        object.__setattr__(self, "_written", written)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The flat input leaves of a call (constants included, in their place).
@@ -211,6 +219,13 @@ class Signature:
             problem = _mismatch(leaf, x) or (self._dims_mismatch(leaf, x, symbols) if leaf.is_tensor else None)
             if problem:
                 raise InputError(f"input {leaf.name!r} {problem}; the model was captured for {self.describe()}")
+        shared = overlap(leaves, self._written)  # type: ignore[attr-defined]
+        if shared:
+            written, other = (self.inputs[i].name for i in shared)
+            raise InputError(
+                f"the model writes to its input {written!r}, which shares memory with "
+                f"{'itself' if other == written else f'input {other!r}'}: pass a clone of one of them"
+            )
         for guard in self.guards:
             if not guard.holds(leaves):
                 raise InputError(

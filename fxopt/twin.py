@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt import structures
 from fxopt.errors import CaptureError, FxoptError, InputError
+from fxopt.memory import own_copy
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -59,7 +60,7 @@ def run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     structures.register((args, kwargs))
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    own = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+    own = [own_copy(x) if isinstance(x, torch.Tensor) else x for x in leaves]
     before = [(b, b.clone()) for b in model.buffers()]
     own_args, own_kwargs = pytree.tree_unflatten(own, spec)
     try:

@@ -320,3 +320,39 @@ def test_a_first_lazy_call_mutates_its_input_once() -> None:
     x = torch.zeros(2)
     assert torch.equal(compiled(x), torch.full((2,), 2.0))
     assert torch.equal(x, torch.ones(2))
+
+
+def writes(m: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a.add_(1)
+    return a + b
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_inputs_that_share_memory_with_a_mutated_one_are_refused(lazy: bool) -> None:
+    example = None if lazy else (torch.zeros(3), torch.zeros(3))
+    compiled = fxopt.compile(Model(writes), example_inputs=example, backend="torch")
+    x = torch.ones(6)
+    for a, b in ((x[:3], x[:3]), (x[:3], x[2:5]), (x[2:5], x[:3])):
+        with pytest.raises(
+            fxopt.InputError, match=r"writes to its input 'args_0', which shares memory with .*'args_1'"
+        ):
+            compiled(a, b)
+    with pytest.raises(fxopt.InputError, match="shares memory with itself"):
+        compiled(torch.zeros(1).expand(3), x[3:])
+    assert torch.equal(x, torch.ones(6))
+    assert torch.equal(compiled(x[:3], x[3:]), torch.full((3,), 3.0))
+    assert torch.equal(x, torch.tensor([2.0, 2, 2, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("same", [lambda x: (x[:3], x[:3]), lambda x: (x[:3], x[2:5]), lambda x: (x[:3],) * 2])
+def test_examples_that_share_memory_are_captured_as_if_they_did_not(same: Any) -> None:
+    for function in (writes, lambda m, a, b: a * 2 - b):
+        compiled = fxopt.compile(Model(function), example_inputs=same(torch.ones(6)), backend="torch")
+        a, b = torch.ones(3), torch.full((3,), 5.0)
+        expected = function(None, a.clone(), b)
+        assert torch.equal(compiled(a, b), expected)
+
+
+def test_inputs_that_are_only_read_may_share_memory() -> None:
+    compiled = fxopt.compile(Model(lambda m, a, b: a * 2 - b), example_inputs=(X, X), backend="torch")
+    assert torch.equal(compiled(X, X), X)

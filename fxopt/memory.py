@@ -1,0 +1,42 @@
+"""Which tensors share memory. What a model writes to one of them shows in the others, and a graph cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+
+def overlap(values: Sequence[Any], written: Collection[int]) -> tuple[int, int] | None:
+    """Indices of two *values* that share memory, the first of them among the *written* ones; None if there are none.
+
+    Bounds alone are compared: views that interleave without touching count as sharing. A tensor that holds one
+    element in several places, as ``expand`` makes them, shares memory with itself.
+    """
+    spans = [span(x) if isinstance(x, torch.Tensor) else None for x in values]
+    for i in written:
+        own = spans[i]
+        if own is None:
+            continue
+        for j, other in enumerate(spans):
+            if i != j and other is not None and own[0] < other[1] and other[0] < own[1]:
+                return i, j
+        if any(size > 1 and stride == 0 for size, stride in zip(values[i].shape, values[i].stride(), strict=True)):
+            return i, i
+    return None
+
+
+def span(x: torch.Tensor) -> tuple[int, int] | None:
+    """First address of a dense tensor, and the one after its last; None for a tensor without memory of its own."""
+    if x.layout is not torch.strided or x.numel() == 0 or x.device.type == "meta":
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def own_copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy of *x* in memory of its own, with the strides that *x* has where it is dense or has gaps."""
+    if x.layout is not torch.strided or x.is_quantized or 0 in x.stride():
+        return x.clone()
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
