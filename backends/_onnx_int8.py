@@ -37,7 +37,7 @@ def flatten_linears(program: Program) -> None:
     rewriter = Rewriter(program)
     for node in rewriter.nodes():
         x = node.args[0] if node.target is aten.linear.default else None
-        if isinstance(x, fx.Node) and _is(x, "dequantize_per_tensor") and x.meta["val"].dim() > 2:
+        if isinstance(x, fx.Node) and _is_static(x) and x.meta["val"].dim() > 2:
             shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
             if shape.count(-1) <= 1:
                 _flatten(rewriter, node, x, shape)
@@ -45,15 +45,18 @@ def flatten_linears(program: Program) -> None:
 
 def _flatten(rewriter: Rewriter, node: fx.Node, x: fx.Node, shape: list[int]) -> None:
     q, *how = x.args
-    assert isinstance(q, fx.Node) and isinstance(x.target, torch._ops.OpOverload)
+    assert isinstance(q, fx.Node)
+    assert isinstance(x.target, torch._ops.OpOverload)
     matrix = rewriter.call(aten.reshape.default, (q, [-1, x.meta["val"].shape[-1]]), before=node)
     matrix = rewriter.call(x.target, (matrix, *how), before=node)
     y = rewriter.call(aten.linear.default, (matrix, *node.args[1:]), before=node)
     rewriter.replace(node, rewriter.call(aten.reshape.default, (y, shape), before=node))
 
 
-def _is(node: fx.Node, packet: str) -> bool:
-    return ops.namespace(node) == "quantized_decomposed" and ops.packet(node) == packet
+def _is_static(x: fx.Node) -> bool:
+    """Whether *x* is dequantized with a scale that is a number."""
+    dequantized = ops.namespace(x) == "quantized_decomposed" and ops.packet(x) == "dequantize_per_tensor"
+    return dequantized and not isinstance(x.args[1], fx.Node)
 
 
 def match_kernels(model: onnx_ir.Model) -> None:

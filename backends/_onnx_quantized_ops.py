@@ -112,7 +112,7 @@ def pack_blocks(model: onnx_ir.Model) -> None:
         weight, scale = node.inputs[:2]
         if weight is None or scale is None or weight.const_value is None or scale.const_value is None:
             continue
-        arrays = [value.const_value.numpy() for value in (weight, scale)]
+        arrays = [weight.const_value.numpy(), scale.const_value.numpy()]
         if _transpose_away(model, node):
             arrays = [np.ascontiguousarray(array.T) for array in arrays]
             node.attributes["axis"] = ir.AttrInt64("axis", 0)

@@ -4,8 +4,9 @@
 
 Four steps, a module each: the ``scheme`` says what the engine computes in int8; the ``placement`` finds the values
 that become integers; ``calibrate`` runs the float graph over the calibration data and finds their ranges; ``insert``
-edits the graph; ``quantization`` is the one run of it all. Then ``quality`` compares with float on samples that were kept back, and where too much was lost the
-user is warned, or gets an error, or the worst layers go back to float (``on_loss``).
+edits the graph; ``quantization`` is the one run of them all. Then ``quality`` compares with float on samples that were
+kept back, and where too much was lost the user is warned, or gets an error, or the worst layers go back to float
+(``on_loss``).
 """
 
 from __future__ import annotations

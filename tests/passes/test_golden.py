@@ -110,6 +110,17 @@ def attention() -> Case:
     return model, (torch.randn(1, 3, 4),)
 
 
+def outlier_channel() -> Case:
+    model = Model(
+        lambda m, x: m.fc(m.norm(x)),
+        norm=nn.LayerNorm(4),
+        fc=nn.Linear(4, 3),
+    )
+    with torch.no_grad():
+        model.norm.weight[2] = 50.0
+    return model, (torch.randn(1, 5, 4),)
+
+
 CASES: list[tuple[str, Callable[[], Case]]] = [
     ("fuse-conv-bn-relu", conv_bn_relu),
     ("fuse-conv-bn-relu", residual),
@@ -129,14 +140,30 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("merge-linears", attention),
     ("cast-precision", attention),
     ("cast-precision", conv_bn_relu),
+    ("smooth-quant", outlier_channel),
+    ("insert-fake-quant", residual),
+    ("insert-fake-quant", mlp),
+    ("freeze-quantized-weights", mlp),
 ]
+
+# Options that a case needs, passes that stand before, and what looks at data.
+OPTIONS = {
+    "cast-precision": "{dtype=bf16}",
+    "insert-fake-quant": "{scheme=torch}",
+}
+BEFORE = {
+    "insert-fake-quant": "canonicalize,fuse-conv-bn-relu",
+    "freeze-quantized-weights": "canonicalize,insert-fake-quant{activations=none}",
+}
+CALIBRATED = ("smooth-quant", "insert-fake-quant")
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_golden(name: str, case: Callable[[], Case]) -> None:
     model, inputs = case()
-    options = "{dtype=bf16}" if name == "cast-precision" else ""
-    text = testing.check_pass(name + options, model, inputs).text
+    data = [inputs, inputs] if name in CALIBRATED else None
+    spec, before = name + OPTIONS.get(name, ""), BEFORE.get(name, "canonicalize")
+    text = testing.check_pass(spec, model, inputs, before=before, calibration=data).text
     file = GOLDEN / name / f"{case.__name__}.fxir"
     if os.environ.get("FXOPT_GOLDEN") == "write":
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ class Residual(nn.Module):
         self.b = nn.Conv2d(8, 8, 3, padding=1)
         self.head = nn.Linear(8, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = self.pool(self.stem(x).relu())
         x = (self.b(self.a(x).relu()) + x).relu()
         return self.head(x.mean((2, 3)))
@@ -90,7 +90,7 @@ def test_onnxruntime_wants_the_add_and_the_hardswish_apart() -> None:
             self.a = nn.Conv2d(3, 4, 1)
             self.b = nn.Conv2d(4, 4, 1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             y = nn.functional.hardswish(self.a(x))
             return torch.relu(self.b(y) + y)
 
@@ -124,7 +124,7 @@ def test_elementwise_between_linears_stays_float() -> None:
             super().__init__()
             self.up, self.gate, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.down(nn.functional.silu(self.gate(x)) * self.up(x)) + x
 
     program = quantize(Gated(), (torch.randn(2, 4, 8),)).program
@@ -139,7 +139,7 @@ def test_a_float_op_reads_the_value_from_before_quantization_where_a_float_op_ma
             super().__init__()
             self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             y = self.norm(x)
             return self.b(self.a(y).tanh()) * y
 
@@ -154,7 +154,7 @@ def test_a_module_used_twice_has_its_weight_quantized_once() -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 3, 3, padding=1)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.conv(self.conv(x).relu())
 
     program = quantize(Twice()).program
@@ -169,7 +169,7 @@ def test_a_weight_tied_to_an_embedding_stays_float_there() -> None:
             self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
             self.head.weight = self.embed.weight
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.head(self.embed(x))
 
     tokens = torch.randint(0, 12, (2, 5))
@@ -265,7 +265,7 @@ class Fragile(nn.Module):
         super().__init__()
         self.fine, self.coarse = nn.Linear(8, 8), nn.Linear(8, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         spread = x * torch.tensor([1.0] * 7 + [3000.0])
         return self.fine(x) + self.coarse(spread) - 3000.0 * x[..., 7:] * self.coarse.weight[:, 7]
 

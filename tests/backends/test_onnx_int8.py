@@ -1,0 +1,143 @@
+"""Quantized models on onnxruntime and OpenVINO: integer kernels, seen in the graphs that the engines run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxopt
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.a = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = F.max_pool2d(self.stem(x).relu(), 2)
+        x = F.relu6(self.depthwise(x))
+        x = (self.a(x) + x).relu()
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.norm2, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(y)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def compiled(model: nn.Module, x: torch.Tensor, options: str = "", backend: str = "onnx", **more: Any) -> Any:
+    torch.manual_seed(0)
+    data = [(torch.randn_like(x),) for _ in range(4)]
+    spec = f"insert-fake-quant{{{options}}}"
+    return fxopt.compile(model.eval(), example_inputs=(x,), passes=spec, calibration=data, backend=backend, **more)
+
+
+def kernels(model: Any, folder: Path) -> Counter[str]:
+    """Ops of the graph that onnxruntime makes of the saved file."""
+    model.save(folder / "model.onnx")
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(F.cosine_similarity(a.flatten(), b.flatten(), 0))
+
+
+def test_every_convolution_and_linear_of_a_cnn_is_integer(tmp_path: Path) -> None:
+    model, x = Cnn(), torch.randn(2, 3, 32, 32)
+    found = kernels(compiled(model, x), tmp_path)
+    assert found["QLinearConv"] == 3
+    assert found["QGemm"] == found["QLinearAdd"] == found["QLinearGlobalAveragePool"] == 1
+    assert found["QuantizeLinear"] == 1, "the input is quantized, then everything stays integer"
+    assert not {"Conv", "FusedConv", "Gemm", "DequantizeLinear"} & set(found)
+
+
+def test_every_linear_of_a_transformer_block_is_integer(tmp_path: Path) -> None:
+    found = kernels(compiled(Block(), torch.randn(2, 8, 64)), tmp_path)
+    assert found["QGemm"] == 4
+    assert not {"Gemm", "FusedGemm", "DequantizeLinear"} & set(found)
+
+
+def test_dynamic_linears_are_one_kernel_each(tmp_path: Path) -> None:
+    model, x = Block(), torch.randn(2, 8, 64)
+    result = compiled(model, x, "activations=dynamic")
+    found = kernels(result, tmp_path)
+    assert found["DynamicQuantizeMatMul"] == 4
+    assert not {"Gemm", "DynamicQuantizeLinear"} & set(found)
+    with torch.no_grad():
+        assert cosine(result(3 * x), model(3 * x)) > 0.999
+
+
+def test_int4_weights_take_half_a_byte(tmp_path: Path) -> None:
+    model, x = Block(), torch.randn(2, 8, 64)
+    result = compiled(model, x, "activations=none,weights=int4,group_size=32")
+    found = kernels(result, tmp_path)
+    assert found["MatMulNBits"] == 4
+    weights = sum(m.weight.numel() for m in (model.qkv, model.out, model.up, model.down))
+    file = onnx.load(tmp_path / "model.onnx")
+    packed = [t for t in file.graph.initializer if t.data_type == onnx.TensorProto.INT4]
+    assert sum(len(t.raw_data) for t in packed) == weights // 2
+    with torch.no_grad():
+        assert cosine(result(x), model(x)) > 0.99
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
+@pytest.mark.parametrize("options", ["", "activations=dynamic", "activations=none"])
+def test_engines_agree_with_the_float_model(backend: str, options: str) -> None:
+    for model, x in ((Cnn(), torch.randn(2, 3, 32, 32)), (Block(), torch.randn(2, 8, 64))):
+        with torch.no_grad():
+            assert cosine(compiled(model, x, options, backend)(x), model(x)) > 0.997
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
+def test_a_dynamic_batch(backend: str) -> None:
+    model, x = Cnn(), torch.randn(4, 3, 32, 32)
+    result = compiled(model, x, backend=backend, dynamic_shapes={"x": {0: "batch"}})
+    y = torch.randn(7, 3, 32, 32)
+    with torch.no_grad():
+        assert cosine(result(y), model(y)) > 0.997
+
+
+def test_the_file_is_about_a_quarter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
+    compiled(model, torch.randn(4, 256)).save(tmp_path / "m.onnx")
+    floats = sum(p.numel() * 4 for p in model.parameters())
+    assert (tmp_path / "m.onnx").stat().st_size <= 0.3 * floats
+
+
+def test_openvino_runs_every_convolution_in_integers() -> None:
+    pytest.importorskip("openvino")
+    result = compiled(Cnn(), torch.randn(2, 3, 32, 32), backend="openvino")
+    runtime = result._current("test").executable._compiled.get_runtime_model()
+    kinds = [
+        (op.get_rt_info()["layerType"].astype(str), op.get_rt_info()["runtimePrecision"].astype(str))
+        for op in runtime.get_ops()
+    ]
+    heavy = [precision for kind, precision in kinds if kind in ("Convolution", "FullyConnected")]
+    assert len(heavy) == 4
+    assert set(heavy) == {"u8"}
