@@ -123,7 +123,7 @@ class Signature:
             else:
                 return list(args)
         leaves = self.flatten(args, kwargs)
-        self._check(leaves)
+        self.check(leaves)
         return leaves
 
     def accepts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -213,7 +213,12 @@ class Signature:
                     _settle(expected, size, symbols)
         return symbols
 
-    def _check(self, leaves: Sequence[Any]) -> None:
+    def check(self, leaves: Sequence[Any]) -> None:
+        """Whether flat input leaves fit what was captured.
+
+        Raises:
+            InputError: shape, dtype, device or constant of one of them differs.
+        """
         symbols: dict[sympy.Symbol, int] = {}
         for leaf, x in zip(self.inputs, leaves, strict=True):
             problem = _mismatch(leaf, x) or (self._dims_mismatch(leaf, x, symbols) if leaf.is_tensor else None)
