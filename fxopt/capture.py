@@ -204,11 +204,11 @@ def _to_program(exported: ExportedProgram, forward: inspect.Signature | None) ->
             values[node] = graph.node_copy(node, values.__getitem__)
     signature, results = _signature(exported, user, forward, owners)
     graph.output(tuple(values[r] if isinstance(r, fx.Node) else r for r in results))
+    program = Program(graph, constants, signature)
+    program.remove_dead()
     for back in signature.writebacks:  # the graph's own state: the model that it came from may go on running
         if back.constant is not None:
             constants[back.constant] = constants[back.constant].clone()
-    program = Program(graph, constants, signature)
-    program.remove_dead()
     return program
 
 

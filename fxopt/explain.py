@@ -8,6 +8,18 @@ from typing import cast
 
 from torch import nn
 
+from fxopt.memory import clusters
+
+
+def _shared(model: nn.Module) -> str:
+    """Names of the tensors that share memory with each other, a buffer among them."""
+    names: dict[int, list[str]] = {}
+    for name, x in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(x), []).append(name)
+    held = [*model.parameters(), *model.buffers()]
+    groups = [[name for x in cluster for name in names[id(x)]] for cluster in clusters(held)]
+    return "; ".join(" and ".join(group) for group in groups if len(group) > 1) or "one that is not registered"
+
 
 def explain(error: Exception, model: nn.Module) -> str:
     """What went wrong in an export, where in the user's code, and what to do about it."""
@@ -37,8 +49,8 @@ def explain(error: Exception, model: nn.Module) -> str:
         what = f"it mutates a tensor that is no buffer: {text.splitlines()[0].partition(' Pls')[0]}"
         todo = "Register the tensor with register_buffer, so that the compiled model can keep it up to date."
     elif "compiled_fn to be GraphModule" in text:
-        what = "it mutates a buffer that is registered in more than one module"
-        todo = "Register the buffer once, and let the other modules read it through the one that owns it."
+        what = f"it mutates a buffer that shares memory with another tensor of the model: {_shared(model)}"
+        todo = "Register it once; take views of it in forward, and let other modules read it through its owner."
     else:
         what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
         todo = "Try torch.export.export(model, inputs) on its own to see all of it."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,24 @@ def overlap(values: Sequence[Any], written: Collection[int]) -> tuple[int, int] 
         if any(size > 1 and stride == 0 for size, stride in zip(values[i].shape, values[i].stride(), strict=True)):
             return i, i
     return None
+
+
+def clusters(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The *tensors*, each once, those that share memory together."""
+    groups, spans = list[list[torch.Tensor]](), list[tuple[int, int, torch.Tensor]]()
+    for x in {id(x): x for x in tensors}.values():
+        bounds = span(x)
+        if bounds is None:
+            groups.append([x])
+        else:
+            spans.append((*bounds, x))
+    end = 0
+    for first, last, x in sorted(spans, key=lambda entry: entry[:2]):
+        if first >= end:
+            groups.append([])
+        groups[-1].append(x)
+        end = max(end, last)
+    return groups
 
 
 def span(x: torch.Tensor) -> tuple[int, int] | None:

@@ -12,16 +12,15 @@ from torch.utils import _pytree as pytree
 
 from fxopt import structures
 from fxopt.errors import CaptureError, FxoptError, InputError
-from fxopt.memory import own_copy
+from fxopt.memory import clusters, own_copy
 
 
 def private_copy(model: nn.Module) -> nn.Module:
     """An eval-mode copy of *model*: parameters shared, buffers and everything else its own."""
-    memo: dict[int, Any] = {id(parameter): _ordinary(parameter) for parameter in model.parameters()}
-    for module in model.modules():
-        for value in [*module._buffers.values(), *module.__dict__.values()]:
-            if isinstance(value, torch.Tensor) and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
+    held = [x for module in model.modules() for x in pytree.tree_leaves(list(module.__dict__.values()))]
+    memo: dict[int, Any] = {}
+    for cluster in clusters([x for x in held if isinstance(x, torch.Tensor)]):
+        memo |= _copied(cluster)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -30,6 +29,19 @@ def private_copy(model: nn.Module) -> nn.Module:
             "Make copy.deepcopy(model) work, or pass torch.export.export(model, inputs) instead."
         ) from error
     return twin.eval()
+
+
+def _copied(cluster: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """What stands for each of some tensors that share memory, by id: copies that share memory in the same way."""
+    if all(isinstance(x, nn.Parameter) for x in cluster):
+        return {id(x): _ordinary(x) for x in cluster if isinstance(x, nn.Parameter)}
+    if len(cluster) == 1:
+        return {id(x): x.detach().clone() for x in cluster}
+    storage, copies = cluster[0].untyped_storage().clone(), {}
+    for x in cluster:
+        twin = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, x.storage_offset(), x.shape, x.stride())
+        copies[id(x)] = nn.Parameter(twin, requires_grad=False) if isinstance(x, nn.Parameter) else twin
+    return copies
 
 
 def _ordinary(parameter: nn.Parameter) -> nn.Parameter:

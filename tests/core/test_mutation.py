@@ -260,7 +260,7 @@ def test_a_mutated_buffer_in_two_modules_is_refused() -> None:
 
     total = torch.zeros(())
     model = nn.Sequential(Adds(total), Adds(total))
-    with pytest.raises(fxopt.CaptureError, match="mutates a buffer that is registered in more than one module"):
+    with pytest.raises(fxopt.CaptureError, match=r"mutates a buffer that shares memory .*: 0\.total and 1\.total"):
         capture(model, (X,))
 
 
@@ -356,3 +356,45 @@ def test_examples_that_share_memory_are_captured_as_if_they_did_not(same: Any) -
 def test_inputs_that_are_only_read_may_share_memory() -> None:
     compiled = fxopt.compile(Model(lambda m, a, b: a * 2 - b), example_inputs=(X, X), backend="torch")
     assert torch.equal(compiled(X, X), X)
+
+
+# --- buffers that share memory
+
+
+class Views(nn.Module):
+    """Counts in one buffer and reads another tensor over the same memory."""
+
+    total: torch.Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        memory = torch.zeros(6)
+        self.kind = kind
+        self.register_buffer("total", memory[:4])
+        if kind == "buffer":
+            self.register_buffer("view", memory[1:5].view(2, 2))
+        elif kind == "attribute":
+            self.view = memory[:2]
+        elif kind == "list":
+            self.views = [memory[2:3]]
+        elif kind == "parameter":
+            self.view = nn.Parameter(memory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total.add_(1)
+        seen: torch.Tensor = self.views[0] if self.kind == "list" else self.view  # type: ignore[assignment]
+        return x + seen.detach().sum()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list", "parameter"])
+def test_a_mutated_buffer_that_another_tensor_shows_is_refused(kind: str) -> None:
+    model = Views(kind)
+    other = "one that is not registered" if kind in ("attribute", "list") else "(total and view|view and total)"
+    with pytest.raises(fxopt.CaptureError, match=f"mutates a buffer that shares memory with .* model: {other}"):
+        capture(model, (X,))
+    assert model.total.sum() == 0
+
+
+def test_views_that_nobody_reads_or_writes_do_no_harm() -> None:
+    model = Model(lambda m, x: x + m.a.sum() + m.b.sum(), a=(memory := torch.ones(4)), b=memory[1:])
+    assert torch.equal(fxopt.compile(model, example_inputs=(X,), backend="torch")(X), X + 7)
