@@ -246,13 +246,14 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def _difference(result: Any, expected: Any) -> float:
     """Largest difference of a tensor from eager's, relative to the range of eager's."""
-    pairs = zip(_leaves(result), _leaves(expected), strict=True)
+    pairs = zip(leaves(result), leaves(expected), strict=True)
     return max(float((a - b).abs().max() / (b.max() - b.min())) for a, b in pairs)
 
 
-def _leaves(value: Any) -> list[torch.Tensor]:
-    leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor | np.ndarray)]
-    return [torch.as_tensor(x).detach().double() for x in leaves]
+def leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors and arrays in *value* as f64 tensors, in order."""
+    found = [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor | np.ndarray)]
+    return [torch.as_tensor(x).detach().double() for x in found]
 
 
 def warm_up(names: list[str], threads: int) -> None:

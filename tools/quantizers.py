@@ -5,6 +5,8 @@ onnxruntime and NNCF start from the plain ONNX file, torchao from the eager mode
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import operator
 from collections.abc import Iterator, Sequence
@@ -89,7 +91,9 @@ def nncf(plain: Path, batches: Sequence[Inputs], model: nn.Module) -> Any:
     nncf.set_log_level(logging.ERROR)
     data = nncf.Dataset(arrays(plain, batches))
     kind = nncf.ModelType.TRANSFORMER if is_transformer(model) else None
-    return nncf.quantize(ov.Core().read_model(str(plain)), data, subset_size=len(batches), model_type=kind)
+    source = ov.Core().read_model(str(plain))
+    with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+        return nncf.quantize(source, data, subset_size=len(batches), model_type=kind)
 
 
 def is_transformer(model: nn.Module) -> bool:
