@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxopt import structures
 from fxopt.backend import Executable
 from fxopt.errors import FxoptError, InputError
+from fxopt.memory import layout
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.target import Target
@@ -198,5 +199,10 @@ class CompiledModel:
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     structures.register((args, kwargs))
     leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-    parts = [(x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else structures.fingerprint(x) for x in leaves]
+    parts = [
+        (x.shape, x.dtype, x.device, x.layout is torch.strided and layout(x))
+        if isinstance(x, torch.Tensor)
+        else structures.fingerprint(x)
+        for x in leaves
+    ]
     return structures.tree_key(tree), tuple(parts)

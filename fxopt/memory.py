@@ -1,11 +1,14 @@
-"""Which tensors share memory. What a model writes to one of them shows in the others, and a graph cannot tell."""
+"""How tensors lie in memory, and which of them share it: what is written to one of those shows in the others."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+
+# The dimensions from the outermost to the innermost one in memory, or the strides of a tensor with gaps.
+Layout: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 def overlap(values: Sequence[Any], written: Collection[int]) -> tuple[int, int] | None:
@@ -58,3 +61,26 @@ def own_copy(x: torch.Tensor) -> torch.Tensor:
     if x.layout is not torch.strided or x.is_quantized or 0 in x.stride():
         return x.clone()
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def layout(x: torch.Tensor) -> Layout:
+    """The :data:`Layout` of a strided tensor."""
+    order = tuple(sorted(range(x.dim()), key=lambda axis: (-x.stride(axis), axis)))
+    return ("dense", order) if _is_dense(x, order) else ("strided", x.stride())
+
+
+def fits(x: torch.Tensor, wanted: Layout) -> bool:
+    """Whether *x* lies in memory as *wanted*; dimensions of size 1 do not count."""
+    kind, numbers = wanted
+    if kind == "dense":
+        return _is_dense(x, numbers)
+    return all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), numbers, strict=True))
+
+
+def _is_dense(x: torch.Tensor, order: Sequence[int]) -> bool:
+    expected = 1
+    for axis in reversed(order):
+        if x.shape[axis] != 1 and x.stride(axis) != expected:
+            return False
+        expected *= x.shape[axis]
+    return True

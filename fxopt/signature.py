@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import InputError
 from fxopt.guards import Guard
-from fxopt.memory import overlap
+from fxopt.memory import Layout, fits, overlap
+from fxopt.spelling import children, respell
 from fxopt.structures import fingerprint
 
 Dim: TypeAlias = int | sympy.Expr
@@ -81,6 +82,7 @@ class Signature:
         writebacks: what the model mutates.
         dim_names: the user's names of dynamic sizes, where ``dynamic_shapes`` gave any.
         guards: conditions on dynamic sizes that the graph was captured under.
+        layouts: how each input must lie in memory, for a model that answers by strides; else empty.
         limits: why the lowest size of a symbol is not lower, where that is more than the user's choice.
     """
 
@@ -93,17 +95,14 @@ class Signature:
     writebacks: tuple[Writeback, ...] = ()
     dim_names: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    layouts: tuple[Layout | None, ...] = ()
     limits: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        args, kwargs = self._children()
+        args, kwargs = children(self.in_spec)
         written = [back.input for back in self.writebacks if back.input is not None]
-        plain = (
-            not written
-            and not kwargs
-            and all(c.is_leaf() for c in args)
-            and all(leaf.is_tensor for leaf in self.inputs)
-        )
+        anyhow = not (written or kwargs or self.layouts or self.guards)
+        plain = anyhow and all(c.is_leaf() for c in args) and all(leaf.is_tensor for leaf in self.inputs)
         static = all(isinstance(d, int) for leaf in self.inputs for d in leaf.shape or ())
         checks = [(torch.Size(leaf.shape or ()), leaf.dtype) for leaf in self.inputs] if plain and static else None
         object.__setattr__(self, "_quick", checks)
@@ -143,7 +142,7 @@ class Signature:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         if spec == self.in_spec:
             return leaves
-        respelled = self._respell(args, kwargs)
+        respelled = respell(self.in_spec, self.forward, args, kwargs)
         if respelled is not None:
             leaves, spec = pytree.tree_flatten(respelled)
             if spec == self.in_spec:
@@ -165,45 +164,6 @@ class Signature:
         """Whether any input size is dynamic."""
         return any(not isinstance(d, int) for leaf in self.inputs for d in leaf.shape or ())
 
-    def _children(self) -> tuple[list[pytree.TreeSpec], dict[str, pytree.TreeSpec]]:
-        args, kwargs = self.in_spec.children()
-        return list(args.children()), dict(zip(kwargs.context or (), kwargs.children(), strict=True))
-
-    def _respell(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        captured_args, captured_kwargs = self._children()
-        if set(kwargs) == set(captured_kwargs) and len(args) == len(captured_args):
-            return tuple(args), {name: kwargs[name] for name in captured_kwargs}
-        if self.forward is None:
-            return None
-        try:
-            given = self.forward.bind(*args, **kwargs)
-        except TypeError as error:
-            raise InputError(f"the call does not fit the model's forward: {error}") from None
-        given.apply_defaults()
-        kinds = {p.kind for p in self.forward.parameters.values()}
-        named = dict(given.arguments)
-        if inspect.Parameter.VAR_KEYWORD in kinds:
-            rest = next(p.name for p in self.forward.parameters.values() if p.kind is p.VAR_KEYWORD)
-            named |= named.pop(rest)
-        if inspect.Parameter.VAR_POSITIONAL in kinds:
-            return None
-        names = list(self.forward.parameters)[: len(captured_args)] + list(captured_kwargs)
-        if any(name not in named for name in names) or not self._only_defaults(named, set(names)):
-            return None
-        values = [named[name] for name in names]
-        split = len(captured_args)
-        return tuple(values[:split]), dict(zip(captured_kwargs, values[split:], strict=True))
-
-    def _only_defaults(self, named: Mapping[str, Any], captured: set[str]) -> bool:
-        assert self.forward is not None
-        for name in set(named) - captured:
-            parameter, given = self.forward.parameters.get(name), named[name]
-            if parameter is None:
-                return False
-            if given is not parameter.default and not _is_same_scalar(given, parameter.default):
-                return False
-        return True
-
     def sizes(self, leaves: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """The value that each dynamic symbol has for these input leaves."""
         symbols: dict[sympy.Symbol, int] = {}
@@ -224,6 +184,12 @@ class Signature:
             problem = _mismatch(leaf, x) or (self._dims_mismatch(leaf, x, symbols) if leaf.is_tensor else None)
             if problem:
                 raise InputError(f"input {leaf.name!r} {problem}; the model was captured for {self.describe()}")
+        for leaf, x, layout in zip(self.inputs, leaves, self.layouts, strict=False):
+            if layout is not None and not fits(x, layout):
+                raise InputError(
+                    f"input {leaf.name!r} has strides {x.stride()}; the model answers by the strides of its inputs "
+                    f"(is_contiguous, stride or as_strided), and it was captured for {' '.join(map(str, layout))}"
+                )
         shared = overlap(leaves, self._written)  # type: ignore[attr-defined]
         if shared:
             written, other = (self.inputs[i].name for i in shared)
@@ -278,10 +244,6 @@ def _settle(expected: sympy.Expr, size: int, symbols: dict[sympy.Symbol, int]) -
         symbols[symbol] = int(fitting[0])
         value = value.subs(symbols)
     return int(value) if value.is_number else size
-
-
-def _is_same_scalar(a: object, b: object) -> bool:
-    return type(a) is type(b) and isinstance(a, (int, float, str)) and a == b
 
 
 def _mismatch(leaf: Leaf, x: object) -> str | None:

@@ -458,3 +458,46 @@ def test_an_object_around_itself_has_a_fingerprint() -> None:
     assert structures.fingerprint(loop) == structures.fingerprint(copy.deepcopy(loop))
     assert structures.fingerprint(nn.Linear) != structures.fingerprint(nn.Module)
     assert structures.fingerprint(print) != structures.fingerprint(len)
+
+
+# --- strides
+
+
+GRID = torch.arange(16.0).reshape(4, 4)
+BY_STRIDES = [
+    lambda m, x: x.as_strided((4,), (2,)) * 2,
+    lambda m, x: x * x.stride(0),
+    lambda m, x: x * 2 if x.is_contiguous() else x * 3,
+]
+
+
+@pytest.mark.parametrize("function", BY_STRIDES)
+@pytest.mark.parametrize("example", [GRID, GRID.t(), torch.arange(32.0).reshape(4, 8)[:, ::2]])
+def test_a_model_that_answers_by_strides_takes_only_those(
+    function: Callable[[Any, torch.Tensor], torch.Tensor], example: torch.Tensor
+) -> None:
+    captured = capture(Model(function), (example,))
+    assert torch.equal(run(captured, example), function(None, example))
+    other = GRID if example is not GRID else GRID.t()
+    with pytest.raises(fxopt.InputError, match=r"'args_0' has strides .* answers by the strides of its inputs"):
+        run(captured, other)
+
+
+def test_a_model_that_looks_for_channels_last_takes_only_what_it_was_captured_for() -> None:
+    model = Model(lambda m, x: x * 2 if x.is_contiguous(memory_format=torch.channels_last) else x * 3)
+    for example in (image(), image().to(memory_format=torch.channels_last)):
+        captured = capture(model, (example,))
+        assert torch.equal(run(captured, example), model(example))
+        other = image() if example.stride(1) == 1 else image().to(memory_format=torch.channels_last)
+        with pytest.raises(fxopt.InputError, match="answers by the strides of its inputs"):
+            run(captured, other)
+
+
+def test_any_other_model_takes_any_strides() -> None:
+    model = chain(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten())
+    captured = capture(model, (image(),))
+    assert captured.program.signature.layouts == ()
+    x = image().to(memory_format=torch.channels_last)
+    assert torch.allclose(run(captured, x), model(x), atol=1e-6)
+    captured = capture(Model(lambda m, x: x.view(-1) * 2), (X,))  # where the strides do not fit, eager fails
+    assert captured.program.signature.layouts == ()

@@ -236,3 +236,12 @@ def test_an_object_with_another_attribute_is_captured_anew() -> None:
     x = torch.ones(2)
     for position in (1, 2, 1, 3):
         assert torch.equal(quietly(compiled, x, Cache(x, position)), x * position + 1)
+
+
+def test_a_model_that_answers_by_strides_is_captured_for_each(builds: list[Any]) -> None:
+    model = Model(lambda m, x: x * 2 if x.is_contiguous() else x * 3)
+    compiled = lazy(model)
+    x = torch.randn(3, 4)
+    for y in (x, x.t().contiguous().t(), x, x.repeat(1, 2)[:, ::2]):
+        assert torch.equal(quietly(compiled, y), model(y))
+    assert len(builds) == 3
