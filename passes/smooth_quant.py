@@ -22,6 +22,7 @@ from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter
 
 aten = torch.ops.aten
+_COST = 2.5  # how much farther a channel must stand out for a multiplication of its own
 _SUFFIX = "_smoothed"  # of a weight's name: it is not smoothed again
 
 
@@ -58,9 +59,9 @@ class SmoothQuant(Pass):
             extent = extents[value]
             median = float(extent.median())
             free = set(value.users) == set(linears) and _takes_factor(rewriter, value, extent.shape)
-            if not free and value.meta["val"].dim() < 3:
-                continue  # pooled features, which have no tokens: a multiplication would cost more than it saves
-            if median > 0 and float(extent.max()) > self.threshold * median:
+            if not free and _is_image(value):
+                continue  # what convolutions give stays integer: a multiplication would cost more than it saves
+            if median > 0 and float(extent.max()) > self.threshold * median * (1 if free else _COST):
                 self._smooth(rewriter, value, linears, extent)
 
     def _smooth(self, rewriter: Rewriter, value: fx.Node, linears: list[fx.Node], extent: torch.Tensor) -> None:
@@ -113,6 +114,13 @@ def _extents(rewriter: Rewriter, batches: Any, values: set[fx.Node]) -> dict[fx.
 
 def _run(rewriter: Rewriter, batch: Sequence[Any], look: Any) -> None:
     evaluate(rewriter.program, batch, observe=look)
+
+
+def _is_image(value: fx.Node) -> bool:
+    """Whether *value* comes from a convolution or a pool by nothing but views."""
+    while ops.kind(value) in ("shape", "permute", "select", "copy"):
+        value = value.all_input_nodes[0]
+    return ops.kind(value) in ("pool", "conv", "reduce")
 
 
 def _takes_factor(rewriter: Rewriter, value: fx.Node, shape: torch.Size) -> bool:
