@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from fxopt import dynamic, layouts, ops, size_one
+from fxopt import dynamic, fast_path, layouts, ops, size_one
 from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.explain import explain
 from fxopt.functionalize import functionalize
@@ -119,10 +119,12 @@ def _finish(
     program.signature = annotate(program.signature, [*exported._guards_code, *functional._guards_code], names)
     fixed = {symbol for symbol, dim in dims.items() if (getattr(dim, "min", None) or 0) >= 2}
     inputs = program.signature.flatten(args, kwargs)
-    program.signature = size_one.widen(program, model, inputs, fixed)
-    if not any(ops.is_random(node) for node in program.graph.nodes):
-        pinned = layouts.pinned(model, program.signature.in_spec, inputs, reference)
-        program.signature = dataclasses.replace(program.signature, layouts=pinned)
+    reference, path = fast_path.same_path(program, model, inputs, reference)
+    with path():
+        program.signature = size_one.widen(program, model, inputs, fixed)
+        if not any(ops.is_random(node) for node in program.graph.nodes):
+            pinned = layouts.pinned(model, program.signature.in_spec, inputs, reference)
+            program.signature = dataclasses.replace(program.signature, layouts=pinned)
     return Captured(program, model, program.signature.bind(args, kwargs), reference)
 
 

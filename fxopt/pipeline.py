@@ -169,7 +169,12 @@ class Pipeline:
             return answered  # another draw than the model's own; passes keep the order of random ops
         difference = verify.compare(self.reference, answered[: len(self.reference)])
         if self.check and not difference.within:
-            raise VerifyError(f"the captured graph does not compute what the model does: {difference}")
+            name = program.signature.outputs[difference.where].name
+            raise VerifyError(
+                f"the captured graph does not compute what the model does: output {name!r}, {difference}. Usual "
+                "causes: Python state or randomness in the model, a custom op, or another path in eval than under tracing "
+                "(for nn.MultiheadAttention: torch.backends.mha.set_fastpath_enabled(False))"
+            )
         return [*self.reference, *answered[len(self.reference) :]]
 
     def _step(self, one: Pass, before: Program, reference: list[Any]) -> tuple[Program, PassRecord, list[Any]]:

@@ -501,3 +501,45 @@ def test_any_other_model_takes_any_strides() -> None:
     assert torch.allclose(run(captured, x), model(x), atol=1e-6)
     captured = capture(Model(lambda m, x: x.view(-1) * 2), (X,))  # where the strides do not fit, eager fails
     assert captured.program.signature.layouts == ()
+
+
+# --- layers with a fast path
+
+
+def test_an_encoder_with_padding_is_compared_on_the_path_that_was_traced() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    x = torch.randn(2, 3, 8)
+    with pytest.warns(UserWarning, match="otherwise on the fast path") as caught:
+        compiled = fxopt.compile(
+            model,
+            example_inputs=(x,),
+            example_kwargs={"src_key_padding_mask": mask},
+            dynamic_shapes={"src": {0: "batch"}, "src_key_padding_mask": {0: "batch"}},
+            backend="torch",
+        )
+    assert len([w for w in caught if "fxopt" in str(w.message)]) == 1
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            expected = model(x, src_key_padding_mask=mask)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.allclose(compiled(x, src_key_padding_mask=mask), expected, atol=1e-5)
+    assert torch.allclose(compiled(x[:1], src_key_padding_mask=mask[:1]), expected[:1], atol=1e-5)
+
+
+def test_a_model_with_python_state_says_which_output_differs() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            return {"same": x * 2, "other": x * self.calls}
+
+    with pytest.raises(fxopt.VerifyError, match=r"output 'other', error .* Usual causes: Python state"):
+        fxopt.compile(Counts(), example_inputs=(X,), backend="torch")
