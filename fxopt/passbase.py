@@ -27,6 +27,7 @@ class PassContext:
         engine: name of the backend that the graph is for; "" as long as that is open.
         latency: milliseconds of a program (which is used up) on that backend and the example inputs; None where the
             target cannot run here.
+        training: the graph is to be trained next: what acts in training only must stay.
     """
 
     target: Target
@@ -34,6 +35,7 @@ class PassContext:
     calibration: Calibration | None = None
     engine: str = ""
     latency: Callable[[Program], float] | None = None
+    training: bool = False
 
     def batches(self, who: Pass) -> Iterator[list[Any]]:
         """Flat inputs of each calibration batch.
@@ -69,6 +71,10 @@ class Pass(abc.ABC):
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of passes that run, unless the user lists them: right before this one, and after all listed ones."""
         return (), ()
+
+    def untrainable(self) -> str | None:
+        """Why ``fxopt.prepare`` cannot take this pass, since what it leaves cannot be trained; None where it can."""
+        return None
 
     @abc.abstractmethod
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:

@@ -45,7 +45,7 @@ def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> 
     Raises:
         PreconditionError: *listed* is in an order that cannot work; the message says why.
     """
-    listed = _with_companions(listed, find)
+    listed = with_companions(listed, find)
     check_order(listed)
     named = {p.name for p in listed}
     passes = [find(name)() for name in FIRST if name not in named] + list(listed)
@@ -57,7 +57,8 @@ def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> 
     return passes
 
 
-def _with_companions(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> list[Pass]:
+def with_companions(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> list[Pass]:
+    """*listed* with what each of them brings along, none of them twice."""
     named, passes, final = {p.name for p in listed}, list[Pass](), list[Pass]()
     for one in listed:
         before, after = one.companions()

@@ -45,13 +45,25 @@ class Canonicalize(Pass):
                 rewriter.program.graph.erase_node(node)
                 rewriter.edits += 1
                 continue
-            kept = _stands_for(node)
+            kept = None if ctx.training and _acts_in_training(node) else _stands_for(node)
             if kept is not None and not _is_needed_copy(node, lent_out):
                 rewriter.replace(node, kept)
                 continue
             for rule in _RULES:
+                if ctx.training and rule is _matmul_to_linear and _reads_tied(node):
+                    continue
                 if rule(node, rewriter):
                     break
+
+
+def _acts_in_training(node: fx.Node) -> bool:
+    """Whether *node* does something in training that it does not do in inference."""
+    return ops.kind(node) == "dropout" or ops.packet(node) in ("detach", "detach_")
+
+
+def _reads_tied(node: fx.Node) -> bool:
+    """Whether a constant that *node* reads has other readers: training must not part them."""
+    return any(n.op == "get_attr" and len(n.users) > 1 for n in node.all_input_nodes)
 
 
 def _stands_for(node: fx.Node) -> fx.Node | None:

@@ -60,6 +60,10 @@ class CastPrecision(Pass):
     )
     dtype: Literal["bf16", "fp16"] = "bf16"
 
+    def untrainable(self) -> str | None:
+        """Weights in low precision lose small updates."""
+        return "weights in low precision lose small updates: pass it to the compile() of the prepared model"
+
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep: decide for each node from its kind and what its inputs have become."""
         low = _DTYPES[self.dtype]

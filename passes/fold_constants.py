@@ -32,6 +32,10 @@ class FoldConstants(Pass):
     runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "common-subexpressions")
     limit: int = 2**20
 
+    def untrainable(self) -> str | None:
+        """What is computed from parameters would become a parameter itself."""
+        return "it folds what is computed from parameters: the compile() of the prepared model runs it"
+
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep: a folded node is a constant for the nodes after it."""
         lent_out = ops.lent_out(rewriter.program.graph)

@@ -24,6 +24,10 @@ class FreezeQuantizedWeights(Pass):
     name: ClassVar[str] = "freeze-quantized-weights"
     runs_after: ClassVar[tuple[str, ...]] = ("insert-fake-quant",)
 
+    def untrainable(self) -> str | None:
+        """Integers have no gradients."""
+        return "it leaves integers: the compile() of the prepared model runs it"
+
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One sweep; a weight that only its quantize reads leaves the program."""
         from fxopt import quantized

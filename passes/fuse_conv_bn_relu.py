@@ -44,6 +44,10 @@ class FuseConvBnRelu(Pass):
         "fold-constants",
     )
 
+    def untrainable(self) -> str | None:
+        """A folded batch_norm has no statistics to update."""
+        return "it folds batch_norm, which training needs: the compile() of the prepared model runs it"
+
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Four sweeps: each gives the next one its pattern."""
         folded: dict[Value, tuple[fx.Node, fx.Node]] = {}

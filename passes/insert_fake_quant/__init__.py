@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from fxopt.errors import SpecError
+from fxopt.errors import PreconditionError, SpecError
 from fxopt.passbase import Pass, PassContext
+from fxopt.passes.insert_fake_quant import qat
 from fxopt.passes.insert_fake_quant.quantization import Quantization
 from fxopt.passes.insert_fake_quant.scheme import named
 from fxopt.rewriter import Rewriter
@@ -42,6 +43,10 @@ class InsertFakeQuant(Pass):
         smooth: run smooth-quant before, which evens out the channels of what linears read.
         on_loss: "warn", "raise", or "repair" (the worst layers go back to float) when an output falls below *cosine*.
         cosine: smallest cosine similarity of each output to float, on samples kept back from calibration.
+        qat: round in a graph that is trained next, for ``fxopt.prepare``.
+        learnable_step: train the scales as well (LSQ). With an optimizer whose steps do not scale with the gradient,
+            such as Adam, give ``PreparedModel.step_sizes()`` a learning rate far below the scales.
+        range_steps: training steps in which the ranges of activations follow the data.
     """
 
     name: ClassVar[str] = "insert-fake-quant"
@@ -65,6 +70,9 @@ class InsertFakeQuant(Pass):
     smooth: bool = True
     on_loss: Literal["warn", "raise", "repair"] = "warn"
     cosine: float = 0.99
+    qat: bool = False
+    learnable_step: bool = False
+    range_steps: int = 1000
 
     def __post_init__(self) -> None:
         for text in self.overrides:
@@ -75,18 +83,37 @@ class InsertFakeQuant(Pass):
             named(self.scheme)
         if self.weights == "int4" and self.activations != "none":
             raise SpecError("weights=int4 is weight-only: add activations=none")
+        modes = {self.activations, *(text.rpartition("=")[2] for text in self.overrides)}
+        if self.qat and not modes <= {"static", "float"}:
+            raise SpecError("qat=true trains static ranges: activations, and overrides, must be static or float")
+        if self.learnable_step and not self.qat:
+            raise SpecError("learnable_step=true is learned in training: add qat=true")
 
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Outlier channels are evened out before; in the end weights become integers."""
+        if self.qat:
+            return (), ()
         before = ("smooth-quant",) if self.activations == "static" and self.smooth else ()
         return before, ("freeze-quantized-weights",)
+
+    def untrainable(self) -> str | None:
+        """Integers have no gradients; rounding with a straight-through estimator has."""
+        return None if self.qat else "it leaves integers: write insert-fake-quant{qat=true}"
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Place, calibrate, insert, check.
 
         Raises:
-            PreconditionError: static activations, and no calibration data.
+            PreconditionError: static activations, and no calibration data; or ``qat`` outside ``fxopt.prepare``.
             InputError: a value is not finite on the calibration data.
             VerifyError: ``on_loss=raise``, and an output lost too much.
         """
-        Quantization(self, rewriter, ctx).run()
+        if not self.qat:
+            Quantization(self, rewriter, ctx).run()
+        elif ctx.training:
+            qat.insert(self, rewriter, ctx)
+        else:
+            raise PreconditionError(
+                "qat=true is trained before it is compiled: prepared = fxopt.prepare(model, inputs, passes=...), train "
+                "it, then prepared.compile()"
+            )

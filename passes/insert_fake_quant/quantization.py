@@ -47,10 +47,10 @@ class Quantization:
         """Decide, calibrate, check and perhaps repair, insert, report."""
         if self.options.activations == "static":
             insert.split_units(self.rewriter, self.scheme)
-        self._decide()
+        self.decide()
         exact = self.rewriter.program.copy()
         if "static" in self.modes.values():
-            self._observe(exact)
+            self.observe(exact)
         if self.options.objective == "latency" and self.modes:
             self._choose_by_latency(exact)
         kept = calibrate.kept_back(self.ctx.batches(self.options)) if self.ctx.calibration is not None else []
@@ -61,7 +61,7 @@ class Quantization:
         self._insert(self.rewriter)
         self._report(exact, kept, found)
 
-    def _decide(self) -> None:
+    def decide(self) -> None:
         """The mode of each conv and linear, or the reason why it stays in float."""
         units = [n for n in self.rewriter.nodes() if ops.kind(n) in _UNITS]
         ends = {units[0], units[-1]} if units and not self.options.first_last else set()
@@ -116,7 +116,7 @@ class Quantization:
 
         def latency(floats: frozenset[str]) -> float:
             self.modes = {name: mode for name, mode in modes.items() if name not in floats}
-            self._observe(exact)
+            self.observe(exact)
             trial = self._trial(exact)
             finish.run(Rewriter(trial), self.ctx)
             trial.remove_dead()
@@ -126,22 +126,22 @@ class Quantization:
         self.modes = {name: mode for name, mode in modes.items() if name not in floats}
         self.reasons |= dict.fromkeys(floats, "the model is faster with it in float, as measured on this engine")
 
-    def _place(self, program: Program) -> Placement:
+    def place(self, program: Program) -> Placement:
         def refuse(node: fx.Node) -> str | None:
             return None if self.modes.get(node.name) == "static" else "float"
 
         return place(program.graph, self.scheme, refuse)
 
-    def _observe(self, exact: Program) -> None:
+    def observe(self, exact: Program) -> None:
         """Ranges of all values that decide a group and have none yet."""
-        missing = {node.name for node in self._place(exact).sources()} - self.ranges.keys()
+        missing = {node.name for node in self.place(exact).sources()} - self.ranges.keys()
         if missing:
             batches = self.ctx.batches(self.options)
             calibrator = self.options.calibrator
             self.ranges |= calibrate.observe(exact, batches, missing, calibrator, self.scheme.activation)
 
     def _insert(self, rewriter: Rewriter) -> None:
-        placement = self._place(rewriter.program)
+        placement = self.place(rewriter.program)
         groups: dict[fx.Node, Range] = {}
         for source in placement.sources():
             group, one = placement.quantized[source], self.ranges[source.name]
@@ -175,7 +175,7 @@ class Quantization:
         without: dict[str, float] = {}
         for name, mode in list(self.modes.items()):
             del self.modes[name]
-            self._observe(exact)
+            self.observe(exact)
             without[name] = min(one.cosine for one in self._check(exact, kept[:1]))
             self.modes[name] = mode
         worst = sorted(without, key=without.__getitem__, reverse=True)[: max(1, len(without) // 10)]
