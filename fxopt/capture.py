@@ -32,8 +32,9 @@ from fxopt.functionalize import functionalize
 from fxopt.guards import annotate
 from fxopt.memory import overlap, own_copy
 from fxopt.program import Program
+from fxopt.refusals import refuse_nan, refuse_unusable
 from fxopt.signature import Signature, Writeback
-from fxopt.twin import private_copy, refuse_nan, run_eager
+from fxopt.twin import private_copy, run_eager
 
 _STATE = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ}
 
@@ -78,6 +79,7 @@ def capture(
         return _from_exported(model, args, kwargs)
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
+    refuse_unusable(model)
     twin = private_copy(model)
     refuse_nan(twin)
     reference = run_eager(twin, args, kwargs)
@@ -240,6 +242,12 @@ def _signature(
         else:
             raise CaptureError(f"the model has an output of kind {spec.kind.name}, which fxopt does not know")
     values = {s.arg.name: getattr(s.arg, "value", None) for s in exported.graph_signature.input_specs}
+    for node in user:
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            raise InputError(
+                f"dynamic_shapes keeps the number {node.name!r} open, and only sizes of tensors can be: leave it out, "
+                "and the model is captured for its value; or let the model take it as a tensor"
+            )
     inputs = [dynamic.leaf(n.name, n.meta.get("val"), values[n.name]) for n in user]
     fakes = [r.meta.get("val") if isinstance(r, fx.Node) else None for r in results]
     names = dynamic.output_names(out_spec)

@@ -73,6 +73,7 @@ def compile(  # noqa: A001 - the name that torch users look for
     """
     plan = Plan.check(model, target, passes, calibration, backend, backend_options, verify, dump, dynamic_shapes)
     inputs = _as_args(example_inputs)
+    _check_kwargs(example_kwargs)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
         return CompiledModel(plan.target, build=plan.build)
     return CompiledModel(plan.target, variant=plan.build(inputs or (), dict(example_kwargs or {})))
@@ -89,6 +90,12 @@ def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
             "keyword inputs go into example_kwargs"
         )
     return tuple(example_inputs)
+
+
+def _check_kwargs(example_kwargs: Any) -> None:
+    fits = isinstance(example_kwargs, Mapping) and all(isinstance(name, str) for name in example_kwargs)
+    if example_kwargs is not None and not fits:
+        raise InputError(f"example_kwargs must map argument names to inputs, not {example_kwargs!r:.80}")
 
 
 def _return_freed_memory(weights: int) -> None:

@@ -22,11 +22,17 @@ from fxopt.signature import UNLIMITED, Leaf
 
 
 def normalize(shapes: Any) -> Any:
-    """*shapes* with every string replaced by the ``Dim`` of that name (the same one for the same string)."""
+    """*shapes* with every string replaced by the ``Dim`` of that name (the same one for the same string).
+
+    Raises:
+        InputError: a string is no identifier.
+    """
     known: dict[str, Any] = {}
 
     def convert(value: Any) -> Any:
         if isinstance(value, str):
+            if not value.isidentifier():
+                raise InputError(f"dynamic_shapes names a size {value!r}: a name has letters, digits and _ only")
             return known.setdefault(value, Dim(value))
         if isinstance(value, Mapping):
             return {key: convert(v) for key, v in value.items()}

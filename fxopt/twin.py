@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
@@ -47,24 +46,6 @@ def _copied(cluster: list[torch.Tensor]) -> dict[int, torch.Tensor]:
 def _ordinary(parameter: nn.Parameter) -> nn.Parameter:
     """*parameter* itself, or a copy of one that was made under inference_mode and cannot be traced."""
     return nn.Parameter(parameter.clone(), requires_grad=False) if parameter.is_inference() else parameter
-
-
-def refuse_nan(model: nn.Module) -> None:
-    """Raises InputError naming the parameters and buffers that hold NaN."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, t in tensors if t.is_floating_point() and bool(torch.isnan(t.detach().sum()))]
-    bad = [name for name in bad if bool(torch.isnan(_by_name(model, name)).any())]
-    if bad:
-        raise InputError(
-            f"the model holds NaN in {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}; "
-            "a compiled model could not be verified against it. Repair the weights first."
-        )
-
-
-def _by_name(model: nn.Module, name: str) -> torch.Tensor:
-    found = operator.attrgetter(name)(model)
-    assert isinstance(found, torch.Tensor)
-    return found
 
 
 def run_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

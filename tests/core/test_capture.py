@@ -543,3 +543,54 @@ def test_a_model_with_python_state_says_which_output_differs() -> None:
 
     with pytest.raises(fxopt.VerifyError, match=r"output 'other', error .* Usual causes: Python state"):
         fxopt.compile(Counts(), example_inputs=(X,), backend="torch")
+
+
+# --- what no inputs make usable
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_torchscript_is_refused(make: Callable[[nn.Module], nn.Module]) -> None:
+    scripted = make(nn.Linear(3, 3).eval())
+    with pytest.raises(fxopt.CaptureError, match=r"is TorchScript.* pass the nn\.Module it was made from"):
+        capture(scripted, (X,))
+    with pytest.raises(fxopt.CaptureError, match=r"'inner' is TorchScript"):
+        capture(Model(lambda m, x: m.inner(x), inner=scripted), (X,))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_torch_quantized_is_refused() -> None:
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3)), {nn.Linear})
+    with pytest.raises(fxopt.CaptureError, match=r"Linear '0' is quantized already .* pass the float model"):
+        capture(model, (X,))
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    with pytest.raises(fxopt.InputError, match="'weight' is on the meta device .* load the weights first"):
+        capture(nn.Linear(3, 3, device="meta"), (X,))
+
+
+def test_a_lazy_module_is_refused() -> None:
+    with pytest.raises(fxopt.InputError, match="'weight' has no shape yet, .* call the model once first"):
+        capture(nn.LazyLinear(3), (X,))
+
+
+def test_weights_of_eight_bits() -> None:
+    model = Model(lambda m, x: x * m.scale.float(), scale=torch.tensor([1, 2, 3.0]).to(torch.float8_e4m3fn))
+    assert torch.equal(fxopt.compile(model, example_inputs=(X,), backend="torch")(X), model(X))
+    model.scale[0] = float("nan")  # type: ignore[index,operator]
+    with pytest.raises(fxopt.InputError, match="NaN in scale"):
+        capture(model, (X,))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_sparse_buffers(sparse: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = Model(lambda m, x: m.table @ x.t(), table=sparse(torch.eye(3)))
+    assert torch.equal(fxopt.compile(model, example_inputs=(X,), backend="torch")(X), X.t())
+
+
+@pytest.mark.parametrize("wrong", [[1], "x", {1: X}, X])
+def test_keyword_inputs_are_a_mapping_of_names(wrong: Any) -> None:
+    with pytest.raises(fxopt.InputError, match="example_kwargs must map argument names to inputs"):
+        fxopt.compile(nn.Linear(3, 3), example_inputs=(X,), example_kwargs=wrong)

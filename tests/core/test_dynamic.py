@@ -241,3 +241,17 @@ def test_another_side_of_a_branch_is_captured_anew_without_example_inputs() -> N
     assert torch.equal(compiled(torch.ones(5, 4)), torch.full((5, 4), 2.0))
     with pytest.warns(UserWarning, match="captured again"):
         assert torch.equal(compiled(torch.ones(4, 5)), torch.full((4, 5), 3.0))
+
+
+# --- what dynamic_shapes cannot say
+
+
+def test_a_name_that_is_no_identifier_is_refused() -> None:
+    with pytest.raises(fxopt.InputError, match="names a size 'batch size': a name has letters, digits and _ only"):
+        capture(Matrix(), (torch.ones(2, 3, 4),), None, {"x": {0: "batch size"}})
+
+
+@pytest.mark.parametrize("dim", [Dim.AUTO, Dim.DYNAMIC])
+def test_a_number_among_the_inputs_cannot_be_kept_open(dim: Any) -> None:
+    with pytest.raises(fxopt.InputError, match="dynamic_shapes keeps the number 'args_1' open"):
+        capture(Model(lambda m, x, n: x * n), (torch.ones(2), 5), None, (({}, dim),))
