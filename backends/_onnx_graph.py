@@ -81,6 +81,10 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
             program.graph.erase_node(node)
         elif ops.is_fused(node):
             rewriter.replace(node, _unfused(rewriter, node))
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _masked_attention(rewriter, node)
+        elif ops.packet(node) in ("amax", "amin") and not ops.arguments(node)["dim"]:
+            node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())))  # type: ignore[union-attr]
         elif node.target is aten.batch_norm.default and not ops.arguments(node)["training"]:
             rewriter.replace(node, _inference_norm(rewriter, node))
         elif isinstance(node.target, torch._ops.OpOverload) and not registry.is_registered(node.target):
@@ -105,6 +109,38 @@ def _unfused(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     if isinstance(compute, functools.partial):
         compute, options = compute.func, dict(compute.keywords)  # type: ignore[attr-defined]
     return rewriter.call(compute, (y, *a["activation_args"]), options, before=node)
+
+
+def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
+    """softmax(q·kᵀ·scale + mask)·v with zeros for a query from which the mask hides every key, as in eager.
+
+    The exporter's translation gives such a query NaN, or with a bool mask the mean of all values. A constant mask that
+    leaves each query a key is left to it.
+    """
+    a = ops.arguments(node)
+    mask = a["attn_mask"]
+    if not isinstance(mask, fx.Node) or a["enable_gqa"] or a["is_causal"] or a["dropout_p"]:
+        return
+    held, boolean = rewriter.tensor(mask), mask.meta["val"].dtype is torch.bool
+    if held is not None and bool((held if boolean else held > float("-inf")).any(-1).all()):
+        return
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return rewriter.call(target, args, before=node)
+
+    query, key, value = a["query"], a["key"], a["value"]
+    size = query.meta["val"].shape[-1]
+    scale = a["scale"] if a["scale"] is not None else float(size) ** -0.5
+    scores = call(aten.matmul.default, call(aten.mul.Scalar, query, scale), call(aten.transpose.int, key, -2, -1))
+    hidden = call(aten.logical_not.default, mask) if boolean else call(aten.eq.Scalar, mask, float("-inf"))
+    if boolean:
+        masked = call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
+    else:
+        masked = call(aten.add.Tensor, scores, mask)
+    weights = call(aten.softmax.int, masked, -1)
+    none = call(aten.logical_not.default, call(aten.any.dim, call(aten.logical_not.default, hidden), -1, True))
+    weights = call(aten.masked_fill.Scalar, weights, none, 0.0)
+    rewriter.replace(node, call(aten.matmul.default, weights, value))
 
 
 def _inference_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
@@ -198,7 +234,7 @@ def exported_program(program: Program) -> ExportedProgram:
     graph, values, inputs = fx.Graph(), dict[fx.Node, fx.Node](), list[InputSpec]()
     for node in program.graph.find_nodes(op="get_attr"):
         if isinstance(program.constants[str(node.target)], torch.Tensor):
-            values[node] = graph.placeholder("constant")
+            values[node] = graph.placeholder(f"constant_{len(inputs)}")
             values[node].meta = dict(node.meta)
             inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(values[node].name), str(node.target), True))
     for node in program.graph.nodes:

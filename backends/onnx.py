@@ -16,11 +16,11 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from fxopt import ops
-from fxopt.backend import Backend, Executable
+from fxopt.backend import Backend, Executable, check_threads
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import located
-from fxopt.errors import BackendUnavailable, FxoptError, SpecError, UnsupportedOp
+from fxopt.errors import BackendUnavailable, FxoptError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
 
@@ -124,8 +124,7 @@ class OnnxBackend(Backend):
     opset: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise SpecError(f"threads must be at least 1, not {self.threads}")
+        check_threads(self.threads)
 
     def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
         """The program as a session over an ONNX file; weights move from the program into the file.

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.backend import Backend, Executable
+from fxopt.backend import Backend, Executable, check_threads
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import located
@@ -94,7 +94,8 @@ class OpenVinoExecutable(Executable):
 class OpenVinoBackend(Backend):
     """Exports to ONNX and runs the file with OpenVINO on the CPU.
 
-    int64 values are computed as int32 there, so those beyond 2^31 come out wrong.
+    int64 values are computed as int32 there, so those beyond 2^31 come out wrong. NaN does not survive every op (relu
+    gives 0), and an index out of range gives some value where eager raises an error.
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
@@ -109,8 +110,7 @@ class OpenVinoBackend(Backend):
     precision: Literal["f32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise SpecError(f"threads must be at least 1, not {self.threads}")
+        check_threads(self.threads)
         if self.precision not in ("f32", "bf16", None):
             raise SpecError(f"precision must be 'f32' or 'bf16', not {self.precision!r}")
 
@@ -153,12 +153,20 @@ class OpenVinoBackend(Backend):
             raise UnsupportedOp(f"OpenVINO cannot run this model: {file.explain(error)}") from error
 
 
+# Shifts by more bits than there are, or of negative numbers; resizing with antialiasing.
+_OTHERWISE = frozenset(
+    "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ _upsample_bilinear2d_aa _upsample_bicubic2d_aa".split()
+)
+
+
 def _refuse(program: Program) -> None:
     """What OpenVINO would take and compute otherwise than asked, or what its tensors cannot hold."""
     for leaf in (*program.signature.inputs, *program.signature.outputs):
         if leaf.dtype in (_LOW, torch.complex64, torch.complex128):
             raise UnsupportedOp(f"{leaf.name!r} is {leaf.dtype}, which cannot be passed to OpenVINO from Python")
     for node in program.graph.nodes:
+        if ops.packet(node) in _OTHERWISE:
+            raise UnsupportedOp(f"OpenVINO computes {located(node)} otherwise than PyTorch: use another backend")
         if of_dtype(node, torch.float64):
             raise UnsupportedOp(f"OpenVINO computes float64 in float32: {located(node)}")
 

@@ -52,6 +52,16 @@ class Executable(abc.ABC):
         return None
 
 
+def check_threads(threads: object) -> None:
+    """That *threads* is a number of threads, or None.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise SpecError(f"threads must be a whole number of at least 1, or None, not {threads!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend(abc.ABC):
     """One engine. Subclasses are frozen dataclasses; their fields are the ``backend_options``.

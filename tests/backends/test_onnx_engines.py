@@ -1,0 +1,91 @@
+"""What onnxruntime and OpenVINO must compute as eager does, or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxopt
+from fxopt.errors import SpecError, UnsupportedOp
+
+ENGINES = pytest.mark.parametrize("backend", ["onnx", "openvino"])
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.function(*inputs)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: self.a(x).relu(), lambda x: self.b(x), (x,))
+
+
+@ENGINES
+def test_a_condition_with_weights_in_both_branches(backend: str) -> None:
+    torch.manual_seed(0)
+    model = Branches().eval()
+    compiled = fxopt.compile(model, example_inputs=(torch.ones(2, 4),), backend=backend)
+    for x in (torch.ones(2, 4), -torch.ones(2, 4)):
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    right = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    left = right.clone()
+    left[..., :2, :] = False
+
+    def mask(kept: torch.Tensor) -> torch.Tensor:
+        return kept if kind is torch.bool else torch.zeros(kept.shape).masked_fill(~kept, float("-inf"))
+
+    model = Function(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.3))
+    compiled = fxopt.compile(model, example_inputs=(q, k, v, mask(right)), backend=backend)
+    for kept in (right, left):
+        torch.testing.assert_close(compiled(q, k, v, mask(kept)), model(q, k, v, mask(kept)), atol=1e-5, rtol=1e-4)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.trunc() + x.sign(), lambda x: x[x > 0], lambda x: (x > 0).nonzero(), lambda x: x.amax() - x.amin()],
+)
+def test_small_functions(backend: str, function: Callable[..., Any]) -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    compiled = fxopt.compile(Function(function), example_inputs=(x,), backend=backend)
+    for y in (x, 2 * x, -x):
+        torch.testing.assert_close(compiled(y), function(y))
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "op"),
+    [
+        (lambda x: x << 3, torch.arange(4), "left_shift|lshift"),
+        (lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), torch.randn(1, 1, 8, 8), "_aa"),
+    ],
+)
+def test_openvino_declines_what_it_computes_otherwise(function: Callable[..., Any], x: torch.Tensor, op: str) -> None:
+    with pytest.raises(UnsupportedOp, match=op):
+        fxopt.compile(Function(function), example_inputs=(x,), backend="openvino")
+
+
+@ENGINES
+@pytest.mark.parametrize("threads", ["two", 2.5, 0, True])
+def test_threads_must_be_a_number_of_threads(backend: str, threads: Any) -> None:
+    with pytest.raises(SpecError, match="whole number"):
+        fxopt.compile(nn.ReLU(), example_inputs=(torch.ones(1),), backend=backend, backend_options={"threads": threads})
