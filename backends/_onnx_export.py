@@ -141,6 +141,7 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
     from onnx_ir.passes import common
     from onnxscript import version_converter
     from onnxscript.optimizer import _constant_folding as folding
+    from torch.onnx._internal.exporter import _ir_passes
 
     if opset != OPSETS[0]:
         version_converter.convert_version(model, opset, fallback=True)
@@ -156,6 +157,9 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
         common.OutputFixPass(),
     ):
         step(model)
+    for value in _ir_passes._all_values(model):
+        if value.type is None:  # a shape without a type is no valid entry of the file
+            value.shape = None
 
 
 def _name(model: onnx_ir.Model, program: Program) -> None:

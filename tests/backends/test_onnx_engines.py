@@ -63,7 +63,13 @@ def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.
 @ENGINES
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x.trunc() + x.sign(), lambda x: x[x > 0], lambda x: (x > 0).nonzero(), lambda x: x.amax() - x.amin()],
+    [
+        lambda x: (x.trunc() * x.sign(), x[x > 0], (x > 0).nonzero(), x.round()),
+        lambda x: x.trunc() + x.sign(),
+        lambda x: x[x > 0],
+        lambda x: (x > 0).nonzero(),
+        lambda x: x.amax() - x.amin(),
+    ],
 )
 def test_small_functions(backend: str, function: Callable[..., Any]) -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
