@@ -141,7 +141,6 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
     from onnx_ir.passes import common
     from onnxscript import version_converter
     from onnxscript.optimizer import _constant_folding as folding
-    from torch.onnx._internal.exporter import _ir_passes
 
     if opset != OPSETS[0]:
         version_converter.convert_version(model, opset, fallback=True)
@@ -157,15 +156,13 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
         common.OutputFixPass(),
     ):
         step(model)
-    for value in _ir_passes._all_values(model):
-        if value.type is None:  # a shape without a type is no valid entry of the file
-            value.shape = None
 
 
 def _name(model: onnx_ir.Model, program: Program) -> None:
     """Names of the user for inputs, outputs and dynamic sizes; no traces of this machine in the file."""
+    import onnx_ir
     from onnx_ir.passes import common
-    from torch.onnx._internal.exporter import _ir_passes
+    from torch.onnx._internal.exporter import _core, _ir_passes
 
     signature = program.signature
     inputs = [leaf for leaf in signature.inputs if leaf.is_tensor]
@@ -174,6 +171,8 @@ def _name(model: onnx_ir.Model, program: Program) -> None:
     for values, leaves in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, leaf in zip(values, leaves, strict=True):
             value.name = leaf.name
+            if value.type is None and leaf.dtype is not None:  # merging equal ops loses it
+                value.type = onnx_ir.TensorType(_core.torch_dtype_to_onnx_dtype(leaf.dtype))
     common.NameFixPass()(model)
     sizes: dict[str | onnx_ir.SymbolicDim, str] = {}
     sizes.update(_size_names(inputs))
