@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxopt import dump as fxir
 from fxopt import registry, spec
 from fxopt.backend import Backend
 from fxopt.calibration import Calibration
@@ -60,7 +62,8 @@ def compile(  # noqa: A001 - the name that torch users look for
         backend: "auto" measures the installed ones and takes the fastest; or a name, or a Backend object.
         backend_options: options of the named backend, e.g. ``{"threads": 2}``.
         verify: check graph and outputs after each pass, and the lowered model in the end.
-        dump: folder for one ``.fxir`` file per pass; the variable FXOPT_DUMP sets it too.
+        dump: folder for one ``.fxir`` file per pass, those of an earlier dump are removed; the variable FXOPT_DUMP
+            sets it too. A model captured at its first call has a folder ``variant-1`` in it, and so on.
 
     Returns:
         A :class:`CompiledModel`, called like the model.
@@ -75,7 +78,7 @@ def compile(  # noqa: A001 - the name that torch users look for
     inputs = _as_args(example_inputs)
     _check_kwargs(example_kwargs)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
-        return CompiledModel(plan.target, build=plan.build)
+        return CompiledModel(plan.target, build=plan.build_variant)
     return CompiledModel(plan.target, variant=plan.build(inputs or (), dict(example_kwargs or {})))
 
 
@@ -155,6 +158,8 @@ class Plan:
         else:
             raise InputError(f"backend must be a name or a Backend object, not {type(backend).__name__}")
         folder = dump or os.environ.get("FXOPT_DUMP") or None
+        if folder is not None:
+            fxir.prepare(folder, where.backends)
         if isinstance(calibration, Iterator):  # a lazy compile may capture, and calibrate, more than once
             calibration = list(calibration)
         return Plan(model, where, pipeline, calibration, engine, verify, folder, shapes)
@@ -174,6 +179,13 @@ class Plan:
             _return_freed_memory(captured.program.nbytes())
             del rewritten  # weights live on in the lowering alone, where an engine may consume them
             return lower.best() if self.backend == "auto" else lower.named()
+
+    def build_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        """As :meth:`build`, for one of several calls that differ: each has a dump folder of its own."""
+        if self.dump is None:
+            return self.build(args, kwargs)
+        taken = len(list(Path(self.dump).glob("variant-*/00-capture.fxir")))
+        return dataclasses.replace(self, dump=Path(self.dump) / f"variant-{taken + 1}").build(args, kwargs)
 
     def _rewrite(self, captured: Captured, stages: Stages) -> Rewritten:
         """What the passes do that suits every engine; the rest is left to the lowering to each."""

@@ -12,6 +12,7 @@ is written ``@name`` with its type where it is used.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
+from fxopt.errors import InputError
 from fxopt.program import Program
 
 VERSION = 1
@@ -53,12 +55,31 @@ def dump(program: Program, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def prepare(folder: str | os.PathLike[str], engines: Iterable[str]) -> None:
+    """Create *folder*, and remove from it what an earlier dump left there: files named as ``write`` names them alone.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        variants = [path, *path.glob("variant-*")]
+        for where in [*variants, *(variant / engine for variant in variants for engine in engines)]:
+            for file in where.glob("[0-9][0-9]-*.fxir"):
+                file.unlink()
+    except OSError as error:
+        raise InputError(f"dump needs a folder that can be written, and {path} is none: {error}") from error
+
+
 def write(program: Program, folder: str | os.PathLike[str], index: int, step: str, target: object) -> Path:
     """Write ``NN-step.fxir`` into *folder* (created where missing) and return its path."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    file = path / f"{index:02d}-{step}.fxir"
-    file.write_text(dump(program, f"after {step}  target {target}"))
+    file = Path(folder) / f"{index:02d}-{step}.fxir"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump(program, f"after {step}  target {target}"))
+    except OSError as error:
+        raise InputError(f"dump needs a folder that can be written, and {file.parent} is none: {error}") from error
     return file
 
 

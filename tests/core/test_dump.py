@@ -135,3 +135,33 @@ def test_no_folder_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     fxopt.compile(nn.ReLU(), example_inputs=(image(),), backend="torch")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_dump_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"example_inputs": (image(),), "dump": tmp_path}
+    fxopt.compile(nn.ReLU(), passes="cast-precision", backend="torch", **options)
+    old = [tmp_path / "01-mine.txt", tmp_path / "mine.fxir", tmp_path / "other" / "01-mine.fxir"]
+    stale = [tmp_path / "07-cast-precision.fxir", tmp_path / "variant-3" / "00-x.fxir", tmp_path / "onnx" / "09-x.fxir"]
+    for file in (*old, *stale):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("")
+    fxopt.compile(nn.ReLU(), backend="torch", **options)
+    assert [file.exists() for file in (*old, *stale)] == [True] * 3 + [False] * 3
+    assert sorted(p.name for p in tmp_path.glob("0*.fxir")) == FILES[:-1]
+
+
+def test_each_captured_variant_has_a_folder(tmp_path: Path) -> None:
+    compiled = fxopt.compile(nn.ReLU(), backend="torch", dump=tmp_path)
+    compiled(torch.ones(2))
+    with pytest.warns(UserWarning, match="captured again"):
+        compiled(torch.ones(3))
+    heads = [(tmp_path / f"variant-{i}" / FILES[0]).read_text().splitlines()[1] for i in (1, 2)]
+    assert ["f32[2]" in heads[0], "f32[3]" in heads[1]] == [True, True]
+    assert [p.name for p in tmp_path.glob("*.fxir")] == []
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_a_folder_that_cannot_be_is_refused_before_the_work(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fxopt.InputError, match="dump needs a folder that can be written, and .*file.* is none"):
+        fxopt.compile(nn.ReLU(), dump=tmp_path / where)
