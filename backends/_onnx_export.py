@@ -173,6 +173,7 @@ def _name(model: onnx_ir.Model, program: Program) -> None:
             value.name = leaf.name
             if value.type is None and leaf.dtype is not None:  # merging equal ops loses it
                 value.type = onnx_ir.TensorType(_core.torch_dtype_to_onnx_dtype(leaf.dtype))
+                value.shape = onnx_ir.Shape([size if isinstance(size, int) else None for size in leaf.shape or ()])
     common.NameFixPass()(model)
     sizes: dict[str | onnx_ir.SymbolicDim, str] = {}
     sizes.update(_size_names(inputs))
