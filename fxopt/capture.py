@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from fxopt import dynamic, fast_path, layouts, ops, size_one
+from fxopt import dynamic, fast_path, ops, size_one, trials
 from fxopt.errors import CaptureError, FxoptError, InputError
 from fxopt.explain import explain
 from fxopt.functionalize import functionalize
@@ -125,8 +125,9 @@ def _finish(
     with path():
         program.signature = size_one.widen(program, model, inputs, fixed)
         if not any(ops.is_random(node) for node in program.graph.nodes):
-            pinned = layouts.pinned(model, program.signature.in_spec, inputs, reference)
-            program.signature = dataclasses.replace(program.signature, layouts=pinned)
+            case = model, program.signature.in_spec, inputs, reference
+            pinned, ordered = trials.pinned_layouts(*case), trials.is_ordered(*case)
+            program.signature = dataclasses.replace(program.signature, layouts=pinned, ordered=ordered)
     return Captured(program, model, program.signature.bind(args, kwargs), reference)
 
 

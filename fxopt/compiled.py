@@ -198,7 +198,7 @@ class CompiledModel:
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     structures.register((args, kwargs))
-    leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    leaves, tree = pytree.tree_flatten((args, kwargs))
     parts = [
         (x.shape, x.dtype, x.device, x.layout is torch.strided and layout(x))
         if isinstance(x, torch.Tensor)

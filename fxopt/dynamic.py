@@ -75,7 +75,7 @@ def user_dims(
     place = {id(x): leaf for x, leaf in zip(pytree.tree_leaves((args, kwargs)), inputs, strict=True)}
 
     def note(x: torch.Tensor, axis: int, dim: Any) -> None:
-        captured = sympy.sympify((place[id(x)].shape or {})[axis])
+        captured = sympy.sympify((place[id(x)].shape or ())[axis])
         if _is_dynamic(dim) and len(captured.free_symbols) == 1:
             (symbol,) = captured.free_symbols
             dims[symbol] = getattr(dim, "root", dim)  # of 2 * n, the n

@@ -65,8 +65,9 @@ def own_copy(x: torch.Tensor) -> torch.Tensor:
 
 def layout(x: torch.Tensor) -> Layout:
     """The :data:`Layout` of a strided tensor."""
-    order = tuple(sorted(range(x.dim()), key=lambda axis: (-x.stride(axis), axis)))
-    return ("dense", order) if _is_dense(x, order) else ("strided", x.stride())
+    strides = x.stride()
+    order = tuple(sorted(range(x.dim()), key=lambda axis: (-strides[axis], axis)))
+    return ("dense", order) if _is_dense(x, order) else ("strided", strides)
 
 
 def fits(x: torch.Tensor, wanted: Layout) -> bool:

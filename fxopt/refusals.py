@@ -29,7 +29,7 @@ def refuse_unusable(model: nn.Module) -> None:
                 "and let a pass of fxopt quantize it (fxopt.passes.available())"
             )
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(x):  # type: ignore[no-untyped-call]
+        if is_lazy(x):
             raise InputError(f"{name!r} has no shape yet, it belongs to a lazy module: call the model once first")
         if x.is_meta:
             raise InputError(

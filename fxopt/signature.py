@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from fxopt.errors import InputError
 from fxopt.guards import Guard
 from fxopt.memory import Layout, fits, overlap
-from fxopt.spelling import children, respell
-from fxopt.structures import fingerprint
+from fxopt.spelling import children, describe_difference, respell
+from fxopt.structures import fingerprint, reordered
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -83,6 +83,7 @@ class Signature:
         dim_names: the user's names of dynamic sizes, where ``dynamic_shapes`` gave any.
         guards: conditions on dynamic sizes that the graph was captured under.
         layouts: how each input must lie in memory, for a model that answers by strides; else empty.
+        ordered: whether the model answers by the order of keys in dicts and keywords.
         limits: why the lowest size of a symbol is not lower, where that is more than the user's choice.
     """
 
@@ -96,6 +97,7 @@ class Signature:
     dim_names: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     layouts: tuple[Layout | None, ...] = ()
+    ordered: bool = False
     limits: Mapping[sympy.Symbol, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,12 +144,15 @@ class Signature:
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         if spec == self.in_spec:
             return leaves
-        respelled = respell(self.in_spec, self.forward, args, kwargs)
+        respelled = None if self.ordered else respell(self.in_spec, self.forward, args, kwargs)
         if respelled is not None:
-            leaves, spec = pytree.tree_flatten(respelled)
+            leaves, spec = pytree.tree_flatten(reordered(respelled, self.in_spec))
             if spec == self.in_spec:
                 return leaves
-        raise InputError(f"inputs have another structure than at capture: expected {self.describe()}, got {spec}")
+        raise InputError(
+            f"inputs have another structure than at capture: {describe_difference(self.in_spec, spec)}; the model was "
+            f"captured for {self.describe()}"
+        )
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The user's output structure from the flat outputs (without writebacks)."""

@@ -9,12 +9,26 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import InputError
+from fxopt.structures import difference
 
 
 def children(in_spec: pytree.TreeSpec) -> tuple[list[pytree.TreeSpec], dict[str, pytree.TreeSpec]]:
     """The trees of the positional and of the keyword arguments of a call with *in_spec*."""
     args, kwargs = in_spec.children()
     return list(args.children()), dict(zip(kwargs.context or (), kwargs.children(), strict=True))
+
+
+def describe_difference(expected: pytree.TreeSpec, given: pytree.TreeSpec) -> str:
+    """What is other in a call with the tree *given*, in words."""
+    (args, kwargs), (own_args, own_kwargs) = children(expected), children(given)
+    if len(args) != len(own_args):
+        return f"{len(own_args)} positional arguments, expected {len(args)}"
+    if list(kwargs) != list(own_kwargs):
+        return f"the keywords {list(own_kwargs)}, expected {list(kwargs)}"
+    pairs = [*zip(args, own_args, strict=True), *((kwargs[name], own_kwargs[name]) for name in kwargs)]
+    names = [f"argument {i}" for i in range(len(args))] + [f"argument {name!r}" for name in kwargs]
+    found = (difference(a, b, name) for (a, b), name in zip(pairs, names, strict=True) if a != b)
+    return next(found, "it is spelled otherwise")
 
 
 def respell(

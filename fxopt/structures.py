@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -157,3 +158,33 @@ def _parts(value: Any, within: tuple[int, ...]) -> list[str] | None:
 def tree_key(spec: pytree.TreeSpec) -> Hashable:
     """A key that two structures share only where they are the same, attributes included."""
     return spec.type, fingerprint(spec.context), tuple(tree_key(child) for child in spec.children())
+
+
+def reordered(value: Any, spec: pytree.TreeSpec) -> Any:
+    """*value* with the keys of its dicts in the order that *spec* has them, where they are the same keys."""
+    if type(value) is not spec.type or type(value) not in (dict, list, tuple) or len(value) != spec.num_children:
+        return value
+    if type(value) is not dict:
+        return type(value)(map(reordered, value, spec.children()))
+    if set(value) != set(spec.context):
+        return value
+    return {key: reordered(value[key], child) for key, child in zip(spec.context, spec.children(), strict=True)}
+
+
+def difference(expected: pytree.TreeSpec, given: pytree.TreeSpec, where: str) -> str:
+    """The first place in which two structures differ, in words; *where* names the outermost one."""
+    if expected.type is not given.type:
+        return f"{where} is {_kind(given)}, expected {_kind(expected)}"
+    if expected.type in (dict, OrderedDict) and list(expected.context) != list(given.context):
+        return f"{where} has the keys {list(given.context)}, expected {list(expected.context)}"
+    if expected.num_children != given.num_children:
+        return f"{where} has {given.num_children} entries, expected {expected.num_children}"
+    names = [f"[{key!r}]" for key in expected.context] if expected.type in (dict, OrderedDict) else None
+    for i, (a, b) in enumerate(zip(expected.children(), given.children(), strict=True)):
+        if a != b:
+            return difference(a, b, where + (names[i] if names else f"[{i}]"))
+    return f"{where}, {_kind(given)}, has other attributes that are no tensors"
+
+
+def _kind(spec: pytree.TreeSpec) -> str:
+    return "one value" if spec.type is None else f"a {spec.type.__name__}"

@@ -566,19 +566,19 @@ def test_a_model_that_torch_quantized_is_refused() -> None:
 
 
 def test_weights_on_the_meta_device_are_refused() -> None:
-    with pytest.raises(fxopt.InputError, match="'weight' is on the meta device .* load the weights first"):
+    with pytest.raises(fxopt.InputError, match=r"'weight' is on the meta device .* load the weights first"):
         capture(nn.Linear(3, 3, device="meta"), (X,))
 
 
 def test_a_lazy_module_is_refused() -> None:
-    with pytest.raises(fxopt.InputError, match="'weight' has no shape yet, .* call the model once first"):
+    with pytest.raises(fxopt.InputError, match=r"'weight' has no shape yet, .* call the model once first"):
         capture(nn.LazyLinear(3), (X,))
 
 
 def test_weights_of_eight_bits() -> None:
     model = Model(lambda m, x: x * m.scale.float(), scale=torch.tensor([1, 2, 3.0]).to(torch.float8_e4m3fn))
     assert torch.equal(fxopt.compile(model, example_inputs=(X,), backend="torch")(X), model(X))
-    model.scale[0] = float("nan")  # type: ignore[index,operator]
+    model.scale[0] = float("nan")  # type: ignore[operator]
     with pytest.raises(fxopt.InputError, match="NaN in scale"):
         capture(model, (X,))
 
@@ -594,3 +594,41 @@ def test_sparse_buffers(sparse: Callable[[torch.Tensor], torch.Tensor]) -> None:
 def test_keyword_inputs_are_a_mapping_of_names(wrong: Any) -> None:
     with pytest.raises(fxopt.InputError, match="example_kwargs must map argument names to inputs"):
         fxopt.compile(nn.Linear(3, 3), example_inputs=(X,), example_kwargs=wrong)
+
+
+# --- dicts
+
+
+def test_a_dict_in_another_order_is_the_same_input() -> None:
+    captured = capture(
+        Model(lambda m, t: t["a"] - t["b"][0]["x"] * t["b"][0]["y"]), ({"a": X, "b": [{"x": X, "y": X}]},)
+    )
+    assert torch.equal(run(captured, {"b": [{"y": X, "x": X + 1}], "a": X}), X - (X + 1) * X)
+
+
+def test_a_model_that_goes_through_a_dict_in_order_is_held_to_it() -> None:
+    captured = capture(Model(lambda m, t: torch.cat(list(t.values()))), ({"a": X, "b": X + 1},))
+    assert torch.equal(run(captured, {"a": X + 1, "b": X}), torch.cat([X + 1, X]))
+    with pytest.raises(fxopt.InputError, match=r"argument 0 has the keys \['b', 'a'\], expected \['a', 'b'\]"):
+        run(captured, {"b": X, "a": X})
+    captured = capture(Model(lambda m, **t: torch.cat(list(t.values()))), (), {"a": X, "b": X + 1})
+    with pytest.raises(fxopt.InputError, match=r"the keywords \['b', 'a'\], expected \['a', 'b'\]"):
+        run(captured, b=X, a=X)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (({"a": X},), {"y": [X]}, r"argument 0 has the keys \['a'\], expected \['a', 'b'\]"),
+        (({"a": X, "c": X},), {"y": [X]}, r"argument 0 has the keys \['a', 'c'\], expected \['a', 'b'\]"),
+        (([X, X],), {"y": [X]}, "argument 0 is a list, expected a dict"),
+        (({"a": X, "b": X},), {"y": [X, X]}, "argument 'y' has 2 entries, expected 1"),
+        (({"a": X, "b": (X, X)},), {"y": [X]}, r"argument 0\['b'\] is a tuple, expected one value"),
+        ((), {"y": [X]}, "0 positional arguments, expected 1"),
+        (({"a": X, "b": X},), {"z": [X]}, r"the keywords \['z'\], expected \['y'\]"),
+    ],
+)
+def test_another_structure_is_described_in_words(args: Any, kwargs: Any, message: str) -> None:
+    captured = capture(Model(lambda m, t, y: t["a"] + t["b"] + y[0]), ({"a": X, "b": X},), {"y": [X]})
+    with pytest.raises(fxopt.InputError, match=f"another structure than at capture: {message}"):
+        run(captured, *args, **kwargs)

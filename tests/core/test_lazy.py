@@ -245,3 +245,12 @@ def test_a_model_that_answers_by_strides_is_captured_for_each(builds: list[Any])
     for y in (x, x.t().contiguous().t(), x, x.repeat(1, 2)[:, ::2]):
         assert torch.equal(quietly(compiled, y), model(y))
     assert len(builds) == 3
+
+
+def test_a_model_that_answers_by_the_order_of_keywords_is_captured_for_each(builds: list[Any]) -> None:
+    model = Model(lambda m, **named: torch.cat(list(named.values())))
+    compiled = lazy(model)
+    a, b = torch.zeros(1), torch.ones(1)
+    for named in ({"a": a, "b": b}, {"b": b, "a": a}, {"a": b, "b": a}, {"b": a, "a": b}):
+        assert torch.equal(quietly(compiled, **named), model(**named))
+    assert len(builds) == 2

@@ -382,7 +382,7 @@ class Views(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.total.add_(1)
-        seen: torch.Tensor = self.views[0] if self.kind == "list" else self.view  # type: ignore[assignment]
+        seen: torch.Tensor = self.views[0] if self.kind == "list" else self.view
         return x + seen.detach().sum()
 
 
