@@ -173,8 +173,8 @@ class Pipeline:
             name = program.signature.outputs[difference.where].name
             raise VerifyError(
                 f"the captured graph does not compute what the model does: output {name!r}, {difference}. Usual "
-                "causes: Python state or randomness in the model, a custom op, or another path in eval than under tracing "
-                "(for nn.MultiheadAttention: torch.backends.mha.set_fastpath_enabled(False))"
+                "causes: Python state or randomness in the model, or another path in eval than under tracing (for "
+                "nn.MultiheadAttention: torch.backends.mha.set_fastpath_enabled(False))"
             )
         return [*self.reference, *answered[len(self.reference) :]]
 

@@ -163,5 +163,5 @@ def test_each_captured_variant_has_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["file", "file/below"])
 def test_a_folder_that_cannot_be_is_refused_before_the_work(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(fxopt.InputError, match="dump needs a folder that can be written, and .*file.* is none"):
+    with pytest.raises(fxopt.InputError, match=r"dump needs a folder that can be written, and .*file.* is none"):
         fxopt.compile(nn.ReLU(), dump=tmp_path / where)
