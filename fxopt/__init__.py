@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from fxopt.passbase import Pass, PassContext
+    from fxopt.prepare import PreparedModel, prepare
     from fxopt.program import Program
     from fxopt.report import Report
     from fxopt.rewriter import Rewriter
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 _HOME = {
     "compile": "compiler",
     "CompiledModel": "compiled",
+    "prepare": "prepare",
+    "PreparedModel": "prepared",
     "Report": "report",
     "Target": "target",
     "Pass": "passbase",
@@ -74,6 +77,7 @@ __all__ = [
     "PassContext",
     "PassError",
     "PreconditionError",
+    "PreparedModel",
     "Program",
     "Report",
     "Rewriter",
@@ -84,6 +88,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "compile",
+    "prepare",
     "testing",
 ]
 

@@ -75,14 +75,19 @@ def compile(  # noqa: A001 - the name that torch users look for
         UnsupportedOp, BackendUnavailable: the named backend cannot run this model, or is not installed.
     """
     plan = Plan.check(model, target, passes, calibration, backend, backend_options, verify, dump, dynamic_shapes)
-    inputs = _as_args(example_inputs)
-    _check_kwargs(example_kwargs)
+    inputs = as_args(example_inputs)
+    check_kwargs(example_kwargs)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
         return CompiledModel(plan.target, build=plan.build_variant)
     return CompiledModel(plan.target, variant=plan.build(inputs or (), dict(example_kwargs or {})))
 
 
-def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
+def as_args(example_inputs: Any) -> tuple[Any, ...] | None:
+    """The user's *example_inputs* as a tuple.
+
+    Raises:
+        InputError: they are none.
+    """
     if example_inputs is None:
         return None
     if isinstance(example_inputs, torch.Tensor):
@@ -95,7 +100,8 @@ def _as_args(example_inputs: Any) -> tuple[Any, ...] | None:
     return tuple(example_inputs)
 
 
-def _check_kwargs(example_kwargs: Any) -> None:
+def check_kwargs(example_kwargs: Any) -> None:
+    """Raises InputError where the user's *example_kwargs* are no keyword inputs."""
     fits = isinstance(example_kwargs, Mapping) and all(isinstance(name, str) for name in example_kwargs)
     if example_kwargs is not None and not fits:
         raise InputError(f"example_kwargs must map argument names to inputs, not {example_kwargs!r:.80}")
@@ -110,14 +116,18 @@ def _return_freed_memory(weights: int) -> None:
             trim(0)
 
 
-def _usable(x: Any) -> Any:
+def usable(x: Any) -> Any:
     """An example input as an ordinary tensor: one made under inference_mode cannot be traced."""
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The checked arguments of one ``compile``; ``build`` carries them out for given inputs."""
+    """The checked arguments of one ``compile``; ``build`` carries them out for given inputs.
+
+    Attributes:
+        captured: what to build, where it has been captured already.
+    """
 
     model: nn.Module | ExportedProgram
     target: Target
@@ -127,6 +137,7 @@ class Plan:
     verify: bool
     dump: str | os.PathLike[str] | None
     dynamic_shapes: Any
+    captured: Captured | None = None
 
     @staticmethod
     def check(
@@ -168,11 +179,11 @@ class Plan:
         """Capture, rewrite, lower and measure for these example inputs."""
         stages = Stages()
         # Random ops of the model are run here too: the user's random stream is not for that.
-        args, kwargs = pytree.tree_map(_usable, (args, kwargs))
+        args, kwargs = pytree.tree_map(usable, (args, kwargs))
         title = f"compiling {type(self.model).__name__}"
         with torch.inference_mode(False), stages.shown(title), torch.random.fork_rng(devices=[]):
             with stages.stage("capture"):
-                captured = capture(self.model, args, kwargs, self.dynamic_shapes)
+                captured = self.captured or capture(self.model, args, kwargs, self.dynamic_shapes)
             with stages.stage("passes"):
                 rewritten = self._rewrite(captured, stages)
             lower = Lowering(self, captured, rewritten, stages)

@@ -43,14 +43,19 @@ class Grid(Protocol):
     """What integers there are, and the scale and zero point with which they stand for a range."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of the integers."""
+
     @property
-    def qmin(self) -> int: ...
+    def qmin(self) -> int:
+        """Smallest integer."""
+
     @property
-    def qmax(self) -> int: ...
-    def parameters(
-        self, low: float | torch.Tensor, high: float | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def qmax(self) -> int:
+        """Largest integer."""
+
+    def parameters(self, low: float | torch.Tensor, high: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point for the range from *low* to *high*."""
 
 
 class FakeQuantize(nn.Module):

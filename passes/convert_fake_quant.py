@@ -85,7 +85,7 @@ def step(weight: torch.Tensor, axis: int) -> torch.Tensor | None:
     """
     rows = weight.detach().double().movedim(axis, 0).flatten(1)
     extent = rows.abs().amax(1)
-    result = torch.where(extent > 0, 0.0, 1.0)
+    result = (extent == 0).double()
     for largest in range(_QMAX, 0, -1):
         left = (result == 0).nonzero().flatten()
         if not len(left):

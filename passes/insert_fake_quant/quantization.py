@@ -127,6 +127,7 @@ class Quantization:
         self.reasons |= dict.fromkeys(floats, "the model is faster with it in float, as measured on this engine")
 
     def place(self, program: Program) -> Placement:
+        """Where integers go in *program*, which is the graph under edit or a copy of it."""
         def refuse(node: fx.Node) -> str | None:
             return None if self.modes.get(node.name) == "static" else "float"
 

@@ -1,0 +1,307 @@
+"""A captured graph as a module that trains: parameters of its own, train and eval mode, fake quantization, compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fxopt import deploy, ops
+from fxopt.backend import Backend
+from fxopt.compiled import CompiledModel
+from fxopt.compiler import Plan, as_args, check_kwargs
+from fxopt.execute import last_users
+from fxopt.fake_quant import FAKE_QUANTIZE, ActivationFakeQuantize, FakeQuantize
+from fxopt.passbase import Pass
+from fxopt.program import Program
+from fxopt.signature import Signature
+from fxopt.target import Target
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frozen:
+    """What training does not change, and copies of a prepared model share.
+
+    Attributes:
+        program: the graph; its tensors are the module's, by name.
+        name: class name of the model.
+        target: to compile for.
+        inputs: flat example input leaves.
+    """
+
+    program: Program
+    name: str
+    target: Target
+    inputs: list[Any]
+
+    def __deepcopy__(self, memo: object) -> Frozen:
+        return self
+
+    @functools.cached_property
+    def dying(self) -> dict[fx.Node, list[fx.Node]]:
+        """For each node, the values that are needed for the last time there."""
+        return last_users(self.program.graph)
+
+    @functools.cache  # noqa: B019 - lives as long as the graph does
+    def signature(self, device: str) -> Signature:
+        """The signature for inputs on *device*."""
+        signature = self.program.signature
+        leaves = tuple(dataclasses.replace(leaf, device=device) for leaf in signature.inputs)
+        return signature if leaves == signature.inputs else dataclasses.replace(signature, inputs=leaves)
+
+
+class Part(nn.Module):
+    """A submodule of the user's model, as the place of its parameters."""
+
+
+class PreparedModel(nn.Module):
+    """A model that trains like any module and compiles for the target it was prepared for.
+
+    Parameters and buffers have the names that they have in the user's model. Inputs and outputs are those of the model.
+    """
+
+    def __init__(
+        self, frozen: Frozen, tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], model: nn.Module
+    ) -> None:
+        """:func:`fxopt.prepare` makes it; *model* is looked at only."""
+        super().__init__()
+        self._frozen = frozen
+        self._batch_norm_frozen = False
+        self._attention_dropout = dict[str, float]()
+        self._places = dict[str, tuple[str, str]]()
+        self.fake_quant = nn.ModuleDict(modules)
+        for name, tensor in tensors.items():
+            self._adopt(name, tensor)
+        for node in frozen.program.graph.nodes:
+            if ops.kind(node) == "attention":
+                self._attention_dropout[node.name] = _attention_dropout(node, model)
+            elif ops.kind(node) == "batch_norm" and isinstance(ops.arguments(node)["running_mean"], fx.Node):
+                self._count_batches(str(ops.arguments(node)["running_mean"].target), model)
+        _warn_of_lost_dropout(frozen.program, model, self._attention_dropout)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs, in the model's own structure.
+
+        Raises:
+            InputError: the inputs do not fit what was captured. PreconditionError: in eval mode, and ranges of
+                activations are not known yet.
+        """
+        device = next((t.device.type for t in (*self.parameters(), *self.buffers())), "cpu")
+        signature = self._frozen.signature(device)
+        leaves = signature.bind(args, kwargs)
+        outputs = self._run(leaves)
+        split = len(signature.outputs)
+        with torch.no_grad():
+            for back, value in zip(signature.writebacks, outputs[split:], strict=True):
+                place = leaves[back.input] if back.input is not None else self._tensor(str(back.constant))
+                place.copy_(value)
+        return signature.unflatten(outputs[:split])
+
+    def compile(  # type: ignore[override]  # as fxopt.compile; nn.Module's own calls torch.compile
+        self,
+        *,
+        backend: str | Backend = "auto",
+        example_inputs: Sequence[Any] | torch.Tensor | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        dynamic_shapes: Any = None,
+        passes: str | Pass | Sequence[str | Pass] | None = None,
+        calibration: Iterable[Any] | None = None,
+        backend_options: Mapping[str, Any] | None = None,
+        verify: bool = True,
+        dump: str | os.PathLike[str] | None = None,
+    ) -> CompiledModel:
+        """The trained model compiled for its target: weights as they are now, the very ranges that were trained.
+
+        Args:
+            backend: as for :func:`fxopt.compile`, like all that follow. "auto" tries all engines of the target.
+            example_inputs: inputs of other sizes than those prepared with, where these were kept open.
+            example_kwargs: keyword example inputs, with *example_inputs*.
+            dynamic_shapes: sizes to keep open, with *example_inputs*.
+            passes: further passes, which run after quantization is in place.
+            calibration: data for those passes.
+            backend_options: options of the named backend.
+            verify: check graph and outputs after each pass.
+            dump: folder for one ``.fxir`` file per pass.
+
+        Raises:
+            PreconditionError: ranges of activations are not known: no calibration data was given, and no batch trained.
+            FxoptError: as :func:`fxopt.compile`.
+        """
+        frozen = self._frozen
+        own = deploy.program(frozen.program, self._tensor, self.fake_quant)
+        module = deploy.as_module(own, frozen.name)
+        args, kwargs = as_args(example_inputs), example_kwargs
+        check_kwargs(kwargs)
+        plan = Plan.check(
+            module, frozen.target, deploy.listed(own, passes), calibration, backend, backend_options, verify, dump,
+            dynamic_shapes,
+        )  # fmt: skip
+        if args is None and kwargs is None:
+            plan = dataclasses.replace(plan, captured=deploy.captured(own, module, frozen.inputs))
+        return CompiledModel(frozen.target, variant=plan.build(args or (), dict(kwargs or {})))
+
+    def disable_fake_quant(self) -> None:
+        """Compute in float, as the model itself does, until :meth:`enable_fake_quant`."""
+        self._switch(enabled=False)
+
+    def enable_fake_quant(self) -> None:
+        """Round weights and activations, which is the default."""
+        self._switch(enabled=True)
+
+    def freeze_ranges(self, frozen: bool = True) -> None:
+        """Keep the ranges of activations as they are, or let them follow the data again."""
+        for module in self.fake_quant.values():
+            if isinstance(module, ActivationFakeQuantize):
+                module.frozen = frozen
+
+    def freeze_batch_norm(self, frozen: bool = True) -> None:
+        """Let batch norms use their running statistics in training too, and keep those as they are."""
+        self._batch_norm_frozen = frozen
+
+    def step_sizes(self) -> Iterator[nn.Parameter]:
+        """The learned scales of ``insert-fake-quant{learnable_step=true}``, for an optimizer group of their own."""
+        yield from self.fake_quant.parameters()
+
+    def extra_repr(self) -> str:
+        """Model and inputs, for ``print``."""
+        frozen = self._frozen
+        return f"{frozen.name} for {frozen.target}, inputs=({frozen.program.signature.describe()})"
+
+    def _switch(self, *, enabled: bool) -> None:
+        for module in self.fake_quant.values():
+            assert isinstance(module, FakeQuantize)
+            module.enabled = enabled
+
+    def _adopt(self, name: str, tensor: torch.Tensor) -> None:
+        """Register *tensor* under its dotted *name*, or the nearest free one."""
+        *path, last = name.split(".")
+        owner: nn.Module = self
+        for part in path:
+            while hasattr(owner, part) and not isinstance(owner._modules.get(part), Part):
+                part += "_"
+            if part not in owner._modules:
+                owner.add_module(part, Part())
+            owner = owner.get_submodule(part)
+            self._places[name] = (self._path(owner), last)
+        while hasattr(owner, last):
+            last += "_"
+        self._places[name] = (self._path(owner), last)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
+
+    def _path(self, owner: nn.Module) -> str:
+        return next(name for name, module in self.named_modules() if module is owner)
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._places:
+            return self._frozen.program.constants[name]  # a subgraph
+        path, last = self._places[name]
+        return getattr(self.get_submodule(path), last)
+
+    def _count_batches(self, statistic: str, model: nn.Module) -> None:
+        """The counter of a batch_norm, which averages over all batches where it has no momentum."""
+        path, _ = self._places[statistic]
+        owner = self.get_submodule(path)
+        theirs = dict(model.named_buffers()).get(f"{statistic.rpartition('.')[0]}.num_batches_tracked")
+        if theirs is not None and not hasattr(owner, "num_batches_tracked"):
+            owner.register_buffer("num_batches_tracked", theirs.detach().clone())
+            owner.momentum = getattr(model.get_submodule(statistic.rpartition(".")[0]), "momentum", None)
+
+    def _run(self, leaves: Sequence[Any]) -> list[Any]:
+        frozen, values, feed = self._frozen, dict[fx.Node, Any](), iter(leaves)
+        for node in frozen.program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(feed)
+            elif node.op == "get_attr":
+                values[node] = self._tensor(str(node.target))
+            elif node.op == "output":
+                return list(fx.node.map_arg(node.args[0], values.__getitem__))
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = self._call(node, args, kwargs)
+            for dead in frozen.dying[node]:
+                del values[dead]
+        raise RuntimeError("the graph has no output node")
+
+    def _call(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """One op, as it is in training or in eval mode."""
+        if node.target is FAKE_QUANTIZE:
+            x, name, source = args
+            return self.fake_quant[name](x, source)
+        assert callable(node.target)
+        what = ops.kind(node)
+        if self.training and what == "dropout":
+            return node.target(args[0], args[1], True)
+        if self.training and what == "batch_norm" and not self._batch_norm_frozen:
+            return self._batch_norm(node, args, kwargs)
+        if self.training and self._attention_dropout.get(node.name):
+            names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[attr-defined]
+            given = dict(zip(names, args, strict=False)) | dict(kwargs)
+            return node.target(**given | {"dropout_p": self._attention_dropout[node.name]})
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self._device(kwargs["device"])}
+        return node.target(*args, **kwargs)
+
+    def _batch_norm(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        x, weight, bias, mean, variance, training, momentum, eps = args[:8]
+        statistic = ops.arguments(node)["running_mean"]
+        if training or not isinstance(statistic, fx.Node):
+            return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
+        owner = self.get_submodule(self._places[str(statistic.target)][0])
+        if not owner.training:
+            return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
+        if hasattr(owner, "num_batches_tracked"):
+            owner.num_batches_tracked.add_(1)
+            if owner.momentum is None:
+                momentum = 1 / float(owner.num_batches_tracked)
+        return F.batch_norm(x, mean, variance, weight, bias, True, momentum, eps)
+
+    def _device(self, captured: torch.device) -> torch.device:
+        """Where a tensor is made that was made on the device of capture."""
+        own = next((t.device for t in (*self.parameters(), *self.buffers())), captured)
+        return own if torch.device(captured).type == "cpu" else captured
+
+
+def _owner(node: fx.Node, model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Path and module whose forward made *node*."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    try:
+        return path, model.get_submodule(path)
+    except AttributeError:
+        return path, None
+
+
+def _attention_dropout(node: fx.Node, model: nn.Module) -> float:
+    _, owner = _owner(node, model)
+    return owner.dropout if isinstance(owner, nn.MultiheadAttention) else 0.0
+
+
+def _warn_of_lost_dropout(program: Program, model: nn.Module, attention: Mapping[str, float]) -> None:
+    """Name the modules that drop out in training, but not in the captured graph."""
+    kept = {_owner(n, model)[0] for n in program.graph.nodes if ops.kind(n) == "dropout" or attention.get(n.name)}
+    lost = []
+    for path, module in model.named_modules():
+        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
+        drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention)) and isinstance(rate, float) and rate > 0
+        if drops and path not in kept:
+            lost.append(path)
+    if lost:
+        warnings.warn(
+            f"fxopt.prepare: {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} will not drop out in "
+            "training: the captured graph does not call it",
+            stacklevel=4,
+        )
+
+
+__all__ = ["PreparedModel"]
