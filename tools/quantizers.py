@@ -123,12 +123,12 @@ def torchao_pt2e(model: nn.Module, inputs: Inputs, batches: Sequence[Inputs]) ->
 
 
 def weight_bytes(stored: object) -> int:
-    """Bytes of the weights as they are stored: of an ONNX file, an OpenVINO model, a module."""
+    """Bytes of the weights as an ONNX file, an OpenVINO model or a module stores them; int64 is shapes and indices."""
     if isinstance(stored, Path):
         import onnx
 
-        initializers = onnx.load(stored).graph.initializer
-        return sum(onnx.numpy_helper.to_array(value).nbytes for value in initializers)
+        values = [onnx.numpy_helper.to_array(value) for value in onnx.load(stored).graph.initializer]
+        return sum(value.nbytes for value in values if value.dtype != np.int64)
     if isinstance(stored, torch.fx.GraphModule):  # what its graph reads; float originals may be left over beside it
         targets = {str(node.target) for node in stored.graph.nodes if node.op == "get_attr"}
         read = [operator.attrgetter(target)(stored) for target in targets]
@@ -137,4 +137,4 @@ def weight_bytes(stored: object) -> int:
         tensors = {id(x): x for x in [*stored.parameters(), *stored.buffers()]}
         return sum(x.nbytes for x in tensors.values())
     nodes = [node for node in stored.get_ops() if node.get_type_name() == "Constant"]  # type: ignore[attr-defined]
-    return sum(node.get_byte_size() for node in nodes)
+    return sum(node.get_byte_size() for node in nodes if node.get_element_type().get_type_name() != "i64")

@@ -1,7 +1,8 @@
 """Compiles a table of third-party models and compares each with eager.
 
 Every torchvision classification builder and small configurations of seven transformers models, random weights.
-A model passes where the largest error of any output, relative to that output's range, is at most 1e-4.
+A model passes where the largest error of any output, relative to that output's range, is at most 1e-4. With --int8
+the models are quantized, and the table says how close they stay to float and to each other (tools/zoo_int8.py).
 """
 
 from __future__ import annotations
@@ -179,7 +180,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", action="append", help="may be repeated; default: torch and onnx")
     parser.add_argument("--fast", action="store_true", help="the fast test suite's models only")
     parser.add_argument("--small", action="store_true", help="96-pixel images where the model allows it")
-    parser.add_argument("--output", type=Path, default=RESULTS / "zoo.md", help="where the table goes")
+    parser.add_argument("--int8", action="store_true", help="quantize; report cosines instead of errors")
+    parser.add_argument(
+        "--output", type=Path, help="where the table goes; default: bench-results/zoo.md or zoo-int8.md"
+    )
     return parser.parse_args(argv)
 
 
@@ -192,6 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only:
         names = [name for name in names if re.fullmatch(options.only, name)]
     console = Console()
+    options.output = options.output or RESULTS / ("zoo-int8.md" if options.int8 else "zoo.md")
+    if options.int8:
+        from tools import zoo_int8
+
+        return zoo_int8.main(names, options.backend or ("torch", "onnx"), options.output, console, small=options.small)
     results = run(names, options.backend or ("torch", "onnx"), small=options.small, console=console)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(markdown(results))
