@@ -96,6 +96,9 @@ def _refuse(program: Program) -> None:
     for leaf in (*signature.inputs, *signature.outputs):
         if leaf.dtype is not None and leaf.dtype.is_complex:
             raise UnsupportedOp(f"{leaf.name!r} is complex, and ONNX inputs and outputs are not")
+    for name, tensor in program.tensors().items():
+        if tensor.layout is not torch.strided:
+            raise UnsupportedOp(f"{name!r} is a {tensor.layout} tensor, which ONNX does not know: use backend='torch'")
     for node in program.graph.nodes:
         if ops.is_random(node):
             raise UnsupportedOp(f"{onnx_graph.located(node)} draws random numbers, which torch.manual_seed must govern")

@@ -99,7 +99,7 @@ def latency_ms(model: Model, image: Tensor, rounds: int = 5, calls: int = 100) -
 
 
 def main() -> None:
-    """Trains, compiles three ways, prints the report of the first and the table of all."""
+    """Trains, compiles in several ways, prints the report of the first and the table of all."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     console = Console()
@@ -114,6 +114,13 @@ def main() -> None:
         model, target="x86", example_inputs=example, backend="torch", passes="cast-precision{dtype=bf16}"
     )
     onnx = fxopt.compile(model, target="x86", example_inputs=example, backend="onnx")
+    few = [(batch,) for batch in train_images[:256].split(32)]  # calibration needs no labels
+    int8 = fxopt.compile(
+        model, target="x86", example_inputs=example, passes="insert-fake-quant", calibration=few, backend="torch"
+    )
+    onnx_int8 = fxopt.compile(
+        model, target="x86", example_inputs=example, passes="insert-fake-quant", calibration=few, backend="onnx"
+    )
     console.print(exact.report)
 
     before, after = exact.report.bytes
@@ -121,7 +128,9 @@ def main() -> None:
         ("eager", model, before),
         ("fxopt exact", exact, after),
         ("fxopt bf16", bf16, bf16.report.bytes[1]),
+        ("fxopt int8 (PTQ)", int8, int8.report.bytes[1]),
         ("ONNX", onnx, onnx.report.bytes[1]),
+        ("ONNX int8 (PTQ)", onnx_int8, onnx_int8.report.bytes[1]),
     ]
     table = Table(title=f"{len(labels)} held-out digits, one image a call, {torch.get_num_threads()} threads")
     for heading in ("", "accuracy", "size, KiB", "latency, ms", "faster than eager"):

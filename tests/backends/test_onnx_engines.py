@@ -91,6 +91,15 @@ def test_openvino_declines_what_it_computes_otherwise(function: Callable[..., An
 
 
 @ENGINES
+def test_sparse_constants_are_declined(backend: str) -> None:
+    model = nn.Module()
+    model.register_buffer("table", torch.eye(3).to_sparse())
+    model.forward = lambda x: torch.sparse.mm(model.table, x)  # type: ignore[method-assign, assignment, arg-type]
+    with pytest.raises(UnsupportedOp, match="sparse"):
+        fxopt.compile(model, example_inputs=(torch.ones(3, 2),), backend=backend)
+
+
+@ENGINES
 @pytest.mark.parametrize("threads", ["two", 2.5, 0, True])
 def test_threads_must_be_a_number_of_threads(backend: str, threads: Any) -> None:
     with pytest.raises(SpecError, match="whole number"):
