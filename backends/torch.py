@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable
-from fxopt.backends import _torch_int8, _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
+from fxopt.backends import _torch_int8, _torch_int8_worth, _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
 from fxopt.backends._torch_codegen import Code, generate
 from fxopt.backends._torch_int8_kernels import PackedLinear
 from fxopt.backends._torch_snapshot import own
@@ -108,6 +109,10 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     inductor: bool = False
+
+    def declines_int8(self, node: fx.Node) -> str | None:
+        """Why *node* is left in float: what was measured of PyTorch's int8 kernels."""
+        return _torch_int8_worth.worth(node)
 
     def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
         """The program as a generated function; its constants are consumed.

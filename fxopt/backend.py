@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from fxopt.errors import ArtifactError, BackendUnavailable, SpecError, near_miss
 from fxopt.program import Program
@@ -80,6 +81,10 @@ class Backend(abc.ABC):
     def exact(self) -> bool:
         """Whether the engine computes what the program says, within floating-point tolerance of its dtypes."""
         return True
+
+    def declines_int8(self, node: fx.Node) -> str | None:
+        """Why *node*, a conv or linear of floats, would be no faster in int8 on this engine; None where it may be."""
+        return None
 
     @classmethod
     def require(cls) -> None:

@@ -62,7 +62,12 @@ class Rewritten:
             executable = engine.lower(program, ctx.target, ctx.inputs)
             return latency_ms(lambda: executable(ctx.inputs), budget_s=0.5, calls=30)
 
-        ctx = dataclasses.replace(ctx, engine=engine.name, latency=latency if ctx.target.runs_here else None)
+        ctx = dataclasses.replace(
+            ctx,
+            engine=engine.name,
+            latency=latency if ctx.target.runs_here else None,
+            declines_int8=engine.declines_int8,
+        )
         return dataclasses.replace(self.pipeline, ctx=ctx, folder=folder).advance(self.state, self.left)
 
 

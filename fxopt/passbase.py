@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import fx
+
 from fxopt.errors import PreconditionError
 from fxopt.target import Target
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from fxopt.calibration import Calibration
     from fxopt.program import Program
     from fxopt.rewriter import Rewriter
+
+
+def _declines_nothing(node: fx.Node) -> str | None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,7 @@ class PassContext:
         latency: milliseconds of a program (which is used up) on that backend and the example inputs; None where the
             target cannot run here.
         training: the graph is to be trained next: what acts in training only must stay.
+        declines_int8: why a conv or linear would be no faster in int8 on that backend, or None.
     """
 
     target: Target
@@ -36,6 +43,7 @@ class PassContext:
     engine: str = ""
     latency: Callable[[Program], float] | None = None
     training: bool = False
+    declines_int8: Callable[[fx.Node], str | None] = _declines_nothing
 
     def batches(self, who: Pass) -> Iterator[list[Any]]:
         """Flat inputs of each calibration batch.

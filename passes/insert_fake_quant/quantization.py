@@ -102,7 +102,7 @@ class Quantization:
             return self.scheme.declined.get(what, f"scheme {self.scheme.name} has no int8 {what}")
         if mode != "static" and what != "linear":
             return f"activations={mode} is for linears"
-        return self.scheme.refuse(unit) if mode == "static" else None
+        return self.ctx.declines_int8(unit) if mode == "static" else None
 
     def _choose_by_latency(self, exact: Program) -> None:
         """Leave in float what the engine runs faster that way."""
@@ -128,6 +128,7 @@ class Quantization:
 
     def place(self, program: Program) -> Placement:
         """Where integers go in *program*, which is the graph under edit or a copy of it."""
+
         def refuse(node: fx.Node) -> str | None:
             return None if self.modes.get(node.name) == "static" else "float"
 

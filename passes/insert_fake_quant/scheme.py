@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import fx
 
 from fxopt.errors import SpecError, near_miss
 from fxopt.passes.insert_fake_quant.grid import Grid
@@ -58,10 +57,6 @@ class Scheme:
     fused_activations: frozenset[str] = frozenset({"relu", "hardtanh"})
     dynamic: bool = True
     declined: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def refuse(self, unit: fx.Node) -> str | None:
-        """Why this conv or linear would be no faster in int8 than in float on the engine, or None."""
-        return None
 
 
 _NO_TRANSPOSED = {"conv_transpose": "this engine has no int8 kernel for transposed convolutions"}
