@@ -155,7 +155,8 @@ class OpenVinoBackend(Backend):
 
 # Shifts by more bits than there are, or of negative numbers; resizing with antialiasing.
 _OTHERWISE = frozenset(
-    "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ _upsample_bilinear2d_aa _upsample_bicubic2d_aa".split()
+    "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa".split()
 )
 
 

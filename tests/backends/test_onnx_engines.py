@@ -92,9 +92,15 @@ def test_openvino_declines_what_it_computes_otherwise(function: Callable[..., An
 
 @ENGINES
 def test_sparse_constants_are_declined(backend: str) -> None:
-    model = nn.Module()
-    model.register_buffer("table", torch.eye(3).to_sparse())
-    model.forward = lambda x: torch.sparse.mm(model.table, x)  # type: ignore[method-assign, assignment, arg-type]
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.eye(3).to_sparse())
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.sparse.mm(self.get_buffer("table"), x)
+
+    model = Sparse()
     with pytest.raises(UnsupportedOp, match="sparse"):
         fxopt.compile(model, example_inputs=(torch.ones(3, 2),), backend=backend)
 

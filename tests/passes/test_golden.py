@@ -111,13 +111,9 @@ def attention() -> Case:
 
 
 def outlier_channel() -> Case:
-    model = Model(
-        lambda m, x: m.fc(m.norm(x)),
-        norm=nn.LayerNorm(4),
-        fc=nn.Linear(4, 3),
-    )
+    model = Model(lambda m, x: m.fc(m.norm(x)), norm=nn.LayerNorm(4), fc=nn.Linear(4, 3))
     with torch.no_grad():
-        model.norm.weight[2] = 50.0
+        model.get_parameter("norm.weight")[2] = 50.0
     return model, (torch.randn(1, 5, 4),)
 
 
