@@ -179,7 +179,8 @@ def show(scores: Sequence[Score], console: Console) -> None:
     console.print(LEGEND, highlight=False, end="")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options on the command line."""
     parser = argparse.ArgumentParser(prog="tools/accuracy", description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated; default: {', '.join(MODELS)}")
     parser.add_argument(
@@ -225,7 +226,7 @@ def run(options: argparse.Namespace) -> list[Score]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains where needed, measures, prints and writes."""
-    options = _arguments(argv)
+    options = arguments(argv)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(options.threads)
