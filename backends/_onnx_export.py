@@ -99,7 +99,7 @@ def _refuse(program: Program) -> None:
     for name, tensor in program.tensors().items():
         if tensor.layout is not torch.strided:
             raise UnsupportedOp(f"{name!r} is a {tensor.layout} tensor, which ONNX does not know: use backend='torch'")
-    for node in program.graph.nodes:
+    for node in onnx_graph.all_nodes(program):
         if ops.is_random(node):
             raise UnsupportedOp(f"{onnx_graph.located(node)} draws random numbers, which torch.manual_seed must govern")
     if not any(isinstance(result, fx.Node) for result in program.output.args[0]):  # type: ignore[union-attr]
@@ -155,7 +155,6 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
-        common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
     ):
         step(model)
@@ -163,9 +162,8 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
 
 def _name(model: onnx_ir.Model, program: Program) -> None:
     """Names of the user for inputs, outputs and dynamic sizes; no traces of this machine in the file."""
-    import onnx_ir
     from onnx_ir.passes import common
-    from torch.onnx._internal.exporter import _core, _ir_passes
+    from torch.onnx._internal.exporter import _ir_passes
 
     signature = program.signature
     inputs = [leaf for leaf in signature.inputs if leaf.is_tensor]
@@ -174,9 +172,6 @@ def _name(model: onnx_ir.Model, program: Program) -> None:
     for values, leaves in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, leaf in zip(values, leaves, strict=True):
             value.name = leaf.name
-            if value.type is None and leaf.dtype is not None:  # merging equal ops loses it
-                value.type = onnx_ir.TensorType(_core.torch_dtype_to_onnx_dtype(leaf.dtype))
-                value.shape = onnx_ir.Shape([size if isinstance(size, int) else None for size in leaf.shape or ()])
     common.NameFixPass()(model)
     sizes: dict[str | onnx_ir.SymbolicDim, str] = {}
     sizes.update(_size_names(inputs))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,23 @@ _SHOWN = 5  # so many unsupported nodes are listed in an error
 def located(node: fx.Node) -> str:
     """``aten.fft_fft.default at model.py:12``, for error messages."""
     where = source_line(node)
-    return f"{node.target}" + (f" at {where}" if where else "")
+    what = f"the constant {node.target}" if node.op == "get_attr" else f"{node.target}"
+    if where.startswith("<eval_with_key>"):  # no line of the user's is known for what torch.cond has captured
+        return f"{what} in a branch or a loop"
+    return what + (f" at {where}" if where else "")
+
+
+def all_nodes(program: Program) -> Iterator[fx.Node]:
+    """The nodes of *program*, and of the bodies of its higher-order ops (branches, loops)."""
+    yield from program.graph.nodes
+    for value in program.constants.values():
+        if isinstance(value, fx.GraphModule):
+            for module in _graph_modules(value):
+                yield from module.graph.nodes
+
+
+def _graph_modules(body: fx.GraphModule) -> list[fx.GraphModule]:
+    return [module for module in body.modules() if isinstance(module, fx.GraphModule)]
 
 
 def prepare(program: Program, registry: ONNXRegistry) -> None:
@@ -60,12 +76,13 @@ def prepare(program: Program, registry: ONNXRegistry) -> None:
     refused = list[fx.Node]()
     for name, body in program.constants.items():
         if isinstance(body, fx.GraphModule):
-            own = copy.deepcopy(body)
-            for module in own.modules():
-                if isinstance(module, fx.GraphModule):
-                    refused += _prepare(Program(module.graph, {}, program.signature), registry)
-                    module.recompile()
-            program.constants[name] = own
+            program.constants[name] = own = copy.deepcopy(body)
+            for module in _graph_modules(own):
+                constants = dict(module.named_buffers(recurse=False))
+                refused += _prepare(Program(module.graph, constants, program.signature), registry)
+                held = module.graph.find_nodes(op="get_attr")
+                refused += [n for n in held if not isinstance(getattr(module, str(n.target), None), fx.GraphModule)]
+                module.recompile()
     refused += _prepare(program, registry)
     if refused:
         lines = list(dict.fromkeys(located(node) for node in refused))
@@ -84,7 +101,8 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
         elif node.target is aten.scaled_dot_product_attention.default:
             _masked_attention(rewriter, node)
         elif ops.packet(node) in ("amax", "amin") and not ops.arguments(node)["dim"]:
-            node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())))  # type: ignore[union-attr]
+            a = ops.arguments(node)
+            node.args, node.kwargs = (a["self"], list(range(a["self"].meta["val"].dim())), a["keepdim"]), {}
         elif node.target is aten.batch_norm.default and not ops.arguments(node)["training"]:
             rewriter.replace(node, _inference_norm(rewriter, node))
         elif isinstance(node.target, torch._ops.OpOverload) and not registry.is_registered(node.target):
@@ -119,7 +137,7 @@ def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
     """
     a = ops.arguments(node)
     mask = a["attn_mask"]
-    if not isinstance(mask, fx.Node) or a["enable_gqa"] or a["is_causal"] or a["dropout_p"]:
+    if not isinstance(mask, fx.Node):
         return
     held, boolean = rewriter.tensor(mask), mask.meta["val"].dtype is torch.bool
     if held is not None and bool((held if boolean else held > float("-inf")).any(-1).all()):
@@ -129,6 +147,9 @@ def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
         return rewriter.call(target, args, before=node)
 
     query, key, value = a["query"], a["key"], a["value"]
+    if a["enable_gqa"]:  # several heads of queries share a head of keys
+        shared = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+        key, value = (call(aten.repeat_interleave.self_int, x, shared, -3) for x in (key, value))
     size = query.meta["val"].shape[-1]
     scale = a["scale"] if a["scale"] is not None else float(size) ** -0.5
     scores = call(aten.matmul.default, call(aten.mul.Scalar, query, scale), call(aten.transpose.int, key, -2, -1))

@@ -19,7 +19,7 @@ from fxopt import ops
 from fxopt.backend import Backend, Executable, check_threads
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
-from fxopt.backends._onnx_graph import located
+from fxopt.backends._onnx_graph import all_nodes, located
 from fxopt.errors import BackendUnavailable, FxoptError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
@@ -154,7 +154,7 @@ class OnnxBackend(Backend):
 
 def _refuse_bf16(program: Program) -> None:
     """Say before exporting that the CPU provider can move bf16 values, but not compute with them."""
-    nodes = [n for n in program.graph.nodes if ops.kind(n) in _NO_BF16 and of_dtype(n, torch.bfloat16)]
+    nodes = [n for n in all_nodes(program) if ops.kind(n) in _NO_BF16 and of_dtype(n, torch.bfloat16)]
     if nodes:
         more = f" and {len(nodes) - 1} more ops" if len(nodes) > 1 else ""
         raise UnsupportedOp(

@@ -22,7 +22,7 @@ from fxopt import ops
 from fxopt.backend import Backend, Executable, check_threads
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
-from fxopt.backends._onnx_graph import located
+from fxopt.backends._onnx_graph import all_nodes, located
 from fxopt.backends._onnx_int8 import is_quantized
 from fxopt.errors import BackendUnavailable, FxoptError, SpecError, UnsupportedOp
 from fxopt.program import Program
@@ -165,11 +165,13 @@ def _refuse(program: Program) -> None:
     for leaf in (*program.signature.inputs, *program.signature.outputs):
         if leaf.dtype in (_LOW, torch.complex64, torch.complex128):
             raise UnsupportedOp(f"{leaf.name!r} is {leaf.dtype}, which cannot be passed to OpenVINO from Python")
-    for node in program.graph.nodes:
+    for node in all_nodes(program):
         if ops.packet(node) in _OTHERWISE:
             raise UnsupportedOp(f"OpenVINO computes {located(node)} otherwise than PyTorch: use another backend")
         if of_dtype(node, torch.float64):
             raise UnsupportedOp(f"OpenVINO computes float64 in float32: {located(node)}")
+        if of_dtype(node, _LOW) and node.graph is not program.graph:
+            raise UnsupportedOp(f"OpenVINO is given bf16 as fp32, which branches are not: {located(node)}")
 
 
 def _computes_low(program: Program) -> bool:
@@ -187,7 +189,7 @@ def _widen(program: Program) -> None:
         elif node.op == "call_function":
             node.args = tuple(_WIDE if a is _LOW else a for a in node.args)
             node.kwargs = {key: _WIDE if a is _LOW else a for key, a in node.kwargs.items()}
-            if not any(isinstance(n.meta.get("val"), fx.GraphModule) for n in node.all_input_nodes):
+            if not isinstance(node.target, torch._ops.HigherOrderOperator):  # a branch has a graph, and no bf16
                 node.meta["val"] = infer(node, mode)
             source = node.args[0] if node.args else None
             if ops.kind(node) == "cast" and isinstance(source, fx.Node) and of_dtype(source, node.meta["val"].dtype):

@@ -12,40 +12,13 @@ from torch.nn import functional as F
 
 import fxopt
 from fxopt.errors import SpecError, UnsupportedOp
-
-ENGINES = pytest.mark.parametrize("backend", ["onnx", "openvino"])
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.function(*inputs)
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return torch.cond(x.sum() > 0, lambda x: self.a(x).relu(), lambda x: self.b(x), (x,))
-
-
-@ENGINES
-def test_a_condition_with_weights_in_both_branches(backend: str) -> None:
-    torch.manual_seed(0)
-    model = Branches().eval()
-    compiled = fxopt.compile(model, example_inputs=(torch.ones(2, 4),), backend=backend)
-    for x in (torch.ones(2, 4), -torch.ones(2, 4)):
-        torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
+from tests.backends.engine_models import ENGINES, Function
 
 
 @ENGINES
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
-def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [2, 1])
+def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.dtype, heads: int) -> None:
     q, k, v = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     right = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     left = right.clone()
@@ -54,7 +27,9 @@ def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.
     def mask(kept: torch.Tensor) -> torch.Tensor:
         return kept if kind is torch.bool else torch.zeros(kept.shape).masked_fill(~kept, float("-inf"))
 
-    model = Function(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.3))
+    k, v = k[:, :heads], v[:, :heads]
+    options = {"scale": 0.3, "enable_gqa": heads == 1}
+    model = Function(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, **options))
     compiled = fxopt.compile(model, example_inputs=(q, k, v, mask(right)), backend=backend)
     for kept in (right, left):
         torch.testing.assert_close(compiled(q, k, v, mask(kept)), model(q, k, v, mask(kept)), atol=1e-5, rtol=1e-4)
@@ -66,9 +41,11 @@ def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.
     [
         lambda x: (x.trunc() * x.sign(), x[x > 0], (x > 0).nonzero(), x.round()),
         lambda x: x.trunc() + x.sign(),
+        lambda x: (x.trunc(), x.sign(), x.trunc() * 2),
         lambda x: x[x > 0],
         lambda x: (x > 0).nonzero(),
         lambda x: x.amax() - x.amin(),
+        lambda x: (x.amax(keepdim=True), x.amin(keepdim=True), x.sum().amax()),
     ],
 )
 def test_small_functions(backend: str, function: Callable[..., Any]) -> None:
