@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import fx
 from fxopt import ops
 from fxopt.backends import _onnx_graph as onnx_graph
 from fxopt.backends import _onnx_int8, _onnx_quantized_ops
+from fxopt.backends._onnx_bounds import Bound, index_bounds, merge
 from fxopt.backends._onnx_file import EMBEDDED, Interface, OnnxFile
 from fxopt.errors import SpecError, UnsupportedOp
 from fxopt.program import Program
@@ -35,13 +36,14 @@ _OPSET, _BF16_OPSET = 20, 22  # 22 is the first in which Conv takes bf16
 _export_lock = threading.Lock()  # the exporter keeps its current tracer in a global
 
 
-def export(program: Program, opset: int | None = None) -> OnnxFile:
+def export(program: Program, opset: int | None = None, bounds: Mapping[int, Bound] | None = None) -> OnnxFile:
     """*program* as an ONNX file. Its graph is rewritten, and weights that are in the file leave its constants.
 
     Args:
         program: owned by this call.
         opset: version of the ONNX operators; None for 20, or 22 where something is bf16 and 21 where weights are
             quantized in groups.
+        bounds: what integers the engine takes for an input, by its position among the flat ones.
 
     Raises:
         UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
@@ -53,6 +55,7 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise SpecError(f"opset must be from {OPSETS[0]} to {OPSETS[1]}, not {opset}")
     _refuse(program)
+    bounds = merge(index_bounds(program), bounds or {})
     with _export_lock, _quiet(), torch.no_grad():
         registry = onnx_graph.registry_for(opset)
         quantized = _onnx_int8.is_quantized(program)
@@ -61,7 +64,7 @@ def export(program: Program, opset: int | None = None) -> OnnxFile:
         onnx_graph.prepare(program, registry)
         if quantized:
             _onnx_int8.flatten_linears(program)
-        interface = _interface(program)
+        interface = _interface(program, bounds)
         model, origins = _translate(program, registry)
         _clean(model, opset)
         if quantized:
@@ -106,7 +109,7 @@ def _refuse(program: Program) -> None:
         raise UnsupportedOp("the model returns no tensor, so there is nothing for an ONNX session to compute")
 
 
-def _interface(program: Program) -> Interface:
+def _interface(program: Program, bounds: Mapping[int, Bound]) -> Interface:
     signature = program.signature
     results: Sequence[Any] = program.output.args[0]  # type: ignore[assignment]
     positions, computed = list[int | None](), 0
@@ -118,6 +121,7 @@ def _interface(program: Program) -> Interface:
         tuple(positions),
         tuple(None if isinstance(result, fx.Node) else result for result in results),
         frozenset(i for i, r in enumerate(results) if isinstance(r, fx.Node) and not signature.outputs[i].is_tensor),
+        {signature.inputs[i].name: bound for i, bound in bounds.items()},
     )
 
 

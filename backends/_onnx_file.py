@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxopt.backends._onnx_bounds import Bound
 from fxopt.errors import ArtifactError, UnsupportedOp
 
 if TYPE_CHECKING:
@@ -33,16 +34,25 @@ class Interface:
         outputs: for each flat output, its position among the graph's outputs, or None for a constant.
         constants: for each flat output the value of a constant one, else None.
         scalars: positions of flat outputs that are Python numbers.
+        bounds: which integers an input may hold, by its name.
     """
 
     inputs: tuple[tuple[int, str], ...]
     outputs: tuple[int | None, ...]
     constants: tuple[Any, ...]
     scalars: frozenset[int]
+    bounds: Mapping[str, Bound]
 
     def feed(self, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """The graph's inputs by name, as plain contiguous tensors."""
-        return {name: inputs[i].detach().contiguous() for i, name in self.inputs}
+        """The graph's inputs by name, as plain contiguous tensors.
+
+        Raises:
+            InputError: one holds an integer out of its bounds.
+        """
+        feed = {name: inputs[i].detach().contiguous() for i, name in self.inputs}
+        for name, bound in self.bounds.items():
+            bound.check(name, feed[name])
+        return feed
 
     def collect(self, results: Sequence[torch.Tensor]) -> list[Any]:
         """The flat outputs from the graph's."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +16,11 @@ from torch.utils.dlpack import from_dlpack
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable, check_threads
+from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import all_nodes, located
-from fxopt.errors import BackendUnavailable, FxoptError, UnsupportedOp
+from fxopt.errors import UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
 
@@ -28,38 +28,23 @@ _PROVIDER = "CPUExecutionProvider"
 _NO_BF16 = {"conv", "conv_transpose", "linear", "matmul", "attention", "activation", "norm", "batch_norm"}
 
 
-class OnnxExecutable(Executable):
+class OnnxExecutable(FileExecutable):
     """A session of onnxruntime over an exported file. Calls may run side by side."""
 
-    def __init__(self, file: OnnxFile, session: Any, target: Target) -> None:
+    engine: ClassVar[str] = "onnxruntime"
+
+    def __init__(self, file: OnnxFile, target: Target, session: Any) -> None:
         """*session* is None where the target cannot run here."""
-        self._file = file
+        super().__init__(file, target, runs_here=session is not None)
         self._session = session
-        self._target = target
-        self._names = [output.name for output in session.get_outputs()] if session is not None else []
-        kinds = [*session.get_inputs(), *session.get_outputs()] if session is not None else []
-        self._plain = not any(kind.type in ("tensor(bfloat16)",) or "float8" in kind.type for kind in kinds)
-
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs.
-
-        Raises:
-            BackendUnavailable: compiled for a machine that this one is not.
-            FxoptError: onnxruntime failed; the message names the user's op where it is known.
-        """
-        if self._session is None:
-            raise BackendUnavailable(
-                f"this model was compiled for target {self._target.name!r}, which onnxruntime cannot run here: "
-                "save it with .save('model.onnx') and run that file there"
-            )
-        feed = self._file.interface.feed(inputs)
-        try:
-            results = self._run(feed) if self._plain else self._run_values(feed)
-        except Exception as error:
-            raise FxoptError(f"onnxruntime failed: {self._file.explain(error)}") from error
-        return self._file.interface.collect(results)
+        if session is not None:
+            self._names = [output.name for output in session.get_outputs()]
+            kinds = [value.type for value in (*session.get_inputs(), *session.get_outputs())]
+            self._plain = not any(kind == "tensor(bfloat16)" or "float8" in kind for kind in kinds)
 
     def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        if not self._plain:
+            return self._run_values(feed)
         outputs = self._session.run(self._names, {name: x.numpy() for name, x in feed.items()})
         return [torch.from_numpy(y) for y in outputs]
 
@@ -68,26 +53,6 @@ class OnnxExecutable(Executable):
         values = {name: _ort_value(x) for name, x in feed.items()}
         outputs = self._session.run_with_ort_values(self._names, values)
         return [_from_ort_value(y) for y in outputs]
-
-    def save(self, path: Path) -> None:
-        """Write an .onnx file; above 2 GB the weights go to ``path.data`` beside it.
-
-        Raises:
-            ArtifactError: another suffix, or the file cannot be written.
-        """
-        self._file.save(path)
-
-    def constant(self, name: str) -> torch.Tensor:
-        """The weight *name*, read from the file.
-
-        Raises:
-            KeyError: the file holds no such weight.
-        """
-        return self._file.constant(name)
-
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes()
 
 
 def _ort_value(x: torch.Tensor) -> Any:
@@ -134,11 +99,11 @@ class OnnxBackend(Backend):
             BackendUnavailable: onnxruntime is not installed.
         """
         self.require()
-        runs_here = target.runs_here and target.name != "cuda"
-        if runs_here:
+        here = runs_here(target)
+        if here:
             _refuse_bf16(program)
         file = export(program, self.opset)
-        return OnnxExecutable(file, self._session(file) if runs_here else None, target)
+        return OnnxExecutable(file, target, self._session(file) if here else None)
 
     def _session(self, file: OnnxFile) -> Any:
         import onnxruntime

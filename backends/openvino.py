@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,11 +19,13 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable, check_threads
+from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import all_nodes, located
 from fxopt.backends._onnx_int8 import is_quantized
-from fxopt.errors import BackendUnavailable, FxoptError, SpecError, UnsupportedOp
+from fxopt.backends._openvino_integers import integer_bounds
+from fxopt.errors import SpecError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter, fake_mode, infer
 from fxopt.target import Target
@@ -33,69 +34,35 @@ aten = torch.ops.aten
 _LOW, _WIDE = torch.bfloat16, torch.float32
 
 
-class OpenVinoExecutable(Executable):
+class OpenVinoExecutable(FileExecutable):
     """A model compiled by OpenVINO. Calls may run side by side, each with an infer request of its own."""
 
-    def __init__(self, file: OnnxFile, compiled: Any, target: Target) -> None:
+    engine: ClassVar[str] = "OpenVINO"
+
+    def __init__(self, file: OnnxFile, target: Target, compiled: Any) -> None:
         """*compiled* is None where the target cannot run here."""
-        self._file = file
+        super().__init__(file, target, runs_here=compiled is not None)
         self._compiled = compiled
-        self._target = target
         self._idle: list[Any] = []  # infer requests; append and pop are atomic
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """Flat outputs for flat inputs.
-
-        Raises:
-            BackendUnavailable: compiled for a machine that this one is not.
-            FxoptError: OpenVINO failed.
-        """
-        if self._compiled is None:
-            raise BackendUnavailable(
-                f"this model was compiled for target {self._target.name!r}, which OpenVINO cannot run here: "
-                "save it with .save('model.onnx') and run that file there"
-            )
-        feed = [x.numpy() for x in self._file.interface.feed(inputs).values()]
+    def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         try:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
-        try:
-            request.infer(dict(enumerate(feed)), share_inputs=True)
-            # The request writes its next results into the same memory.
-            results = [torch.from_numpy(y.data.copy()) for y in request.output_tensors]
-        except Exception as error:
-            raise FxoptError(f"OpenVINO failed: {self._file.explain(error)}") from error
+        request.infer(dict(enumerate(x.numpy() for x in feed.values())), share_inputs=True)
+        # The request writes its next results into the same memory.
+        results = [torch.from_numpy(y.data.copy()) for y in request.output_tensors]
         self._idle.append(request)
-        return self._file.interface.collect(results)
-
-    def save(self, path: Path) -> None:
-        """Write the .onnx file that OpenVINO was given; above 2 GB the weights go to ``path.data`` beside it.
-
-        Raises:
-            ArtifactError: another suffix, or the file cannot be written.
-        """
-        self._file.save(path)
-
-    def constant(self, name: str) -> torch.Tensor:
-        """The weight *name*, read from the file.
-
-        Raises:
-            KeyError: the file holds no such weight.
-        """
-        return self._file.constant(name)
-
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes()
+        return results
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenVinoBackend(Backend):
     """Exports to ONNX and runs the file with OpenVINO on the CPU.
 
-    int64 values are computed as int32 there, so those beyond 2^31 come out wrong. NaN does not survive every op (relu
-    gives 0), and an index out of range gives some value where eager raises an error.
+    NaN does not survive every op there (relu gives 0). An index out of range that the model computes itself gives some
+    value, where eager raises an error; one in an input is refused, and so are integers that do not fit 32 bits.
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
@@ -128,15 +95,15 @@ class OpenVinoBackend(Backend):
         """
         self.require()
         _refuse(program)
+        bounds = integer_bounds(program)
         low = _computes_low(program)
         # What a quantized model leaves in float has no use for more precision than its integers give it.
         fast = low or (is_quantized(program) and torch.bfloat16 in target.native_dtypes)
         if low:
             _widen(program)
-        file = export(program)
+        file = export(program, bounds=bounds)
         precision = self.precision or ("bf16" if fast else "f32")
-        runs_here = target.runs_here and target.name != "cuda"
-        return OpenVinoExecutable(file, self._compile(file, precision) if runs_here else None, target)
+        return OpenVinoExecutable(file, target, self._compile(file, precision) if runs_here(target) else None)
 
     def _compile(self, file: OnnxFile, precision: str) -> Any:
         import openvino

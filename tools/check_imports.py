@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 from tools import ROOT
 
-NEVER = ("torchvision", "timm", "transformers", "sklearn", "matplotlib", "tools", "tests", "passes", "backends")
+NEVER = ("torchvision", "timm", "transformers", "sklearn", "tools", "tests", "passes", "backends")
 """What the installed library imports nowhere, not even inside a function."""
 
-LAZY = ("openvino", "onnxruntime", "tvm", "onnxscript", "xgboost", "psutil")
-"""Engines: imported only inside the function that needs them, so that a missing one is one clear error there."""
+LAZY = ("openvino", "onnxruntime", "tvm", "onnxscript", "xgboost", "psutil", "matplotlib")
+"""Engines and extras: imported only inside the function that needs them; a missing one is one clear error there."""
 
 
 def imported_modules(tree: ast.AST, package: str, *, lazy: bool) -> Iterator[tuple[int, str]]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxopt
-from fxopt.errors import SpecError, UnsupportedOp
+from fxopt.errors import InputError, SpecError, UnsupportedOp
 from tests.backends.engine_models import ENGINES, Function
 
 
@@ -28,8 +28,9 @@ def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.
         return kept if kind is torch.bool else torch.zeros(kept.shape).masked_fill(~kept, float("-inf"))
 
     k, v = k[:, :heads], v[:, :heads]
-    options = {"scale": 0.3, "enable_gqa": heads == 1}
-    model = Function(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, **options))
+    model = Function(
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.3, enable_gqa=heads == 1)
+    )
     compiled = fxopt.compile(model, example_inputs=(q, k, v, mask(right)), backend=backend)
     for kept in (right, left):
         torch.testing.assert_close(compiled(q, k, v, mask(kept)), model(q, k, v, mask(kept)), atol=1e-5, rtol=1e-4)
@@ -87,3 +88,29 @@ def test_sparse_constants_are_declined(backend: str) -> None:
 def test_threads_must_be_a_number_of_threads(backend: str, threads: Any) -> None:
     with pytest.raises(SpecError, match="whole number"):
         fxopt.compile(nn.ReLU(), example_inputs=(torch.ones(1),), backend=backend, backend_options={"threads": threads})
+
+
+TABLE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("function", "taken", "lowest"),
+    [
+        (lambda i: F.embedding(i, TABLE), "0 to 4", 0),
+        (lambda i: F.embedding(i.view(2, 1).int().t(), TABLE), "0 to 4", 0),
+        (lambda i: TABLE.index_select(0, i), "0 to 4", 0),
+        (lambda i: TABLE.gather(1, i[:, None]), "0 to 2", 0),
+        (lambda i: TABLE[i], "-5 to 4", -5),
+        (lambda i: TABLE[:, i], "-3 to 2", -3),
+    ],
+)
+def test_an_index_out_of_range_is_an_error_as_in_eager(
+    backend: str, function: Callable[..., Any], taken: str, lowest: int
+) -> None:
+    model = Function(function)
+    compiled = fxopt.compile(model, example_inputs=(torch.tensor([0, 1]),), backend=backend)
+    torch.testing.assert_close(compiled(torch.tensor([2, lowest])), model(torch.tensor([2, lowest])))
+    for wrong in (lowest - 1, 5):
+        with pytest.raises(InputError, match=rf"holds {wrong}, but .* at .*\.py:\d+ takes {taken}"):
+            compiled(torch.tensor([wrong, 1]))
