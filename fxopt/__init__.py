@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fxopt.program import Program
     from fxopt.report import Report
     from fxopt.rewriter import Rewriter
+    from fxopt.sensitivity import sensitivity
     from fxopt.signature import Signature
     from fxopt.target import Target
 
@@ -42,6 +43,7 @@ _HOME = {
     "CompiledModel": "compiled",
     "prepare": "prepare",
     "PreparedModel": "prepared",
+    "sensitivity": "sensitivity",
     "Report": "report",
     "Target": "target",
     "Pass": "passbase",
@@ -89,6 +91,7 @@ __all__ = [
     "__version__",
     "compile",
     "prepare",
+    "sensitivity",
     "testing",
 ]
 

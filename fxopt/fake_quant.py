@@ -36,7 +36,10 @@ FAKE_QUANTIZE = torch.ops.fxopt_training.fake_quantize.default
 FAKE_QUANTIZED = torch.ops.fxopt_training.fake_quantized.default
 
 _MOMENTUM = 0.01  # of the moving averages of ranges, as in PyTorch's observers
-_SMALLEST = 2.0**-100
+
+# How far a learned scale may go from the one that the range gives, downwards and upwards. At 8 bits its gradient is
+# mostly rounding noise, and without bounds a large step size of the optimizer takes a channel to zero for good.
+_NARROWEST, _WIDEST = 0.25, 2.0
 
 
 class Grid(Protocol):
@@ -86,9 +89,9 @@ class FakeQuantize(nn.Module):
         self.scale.data.copy_(scale.reshape(self.scale.shape))
         self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
 
-    def _positive(self) -> torch.Tensor:
-        """The learned scale, which an optimizer step must not have taken to zero or below."""
-        self.scale.data.clamp_(min=_SMALLEST)
+    def _bounded(self, around: torch.Tensor, widest: float) -> torch.Tensor:
+        """The learned scale, taken back to where it makes sense *around* that of the range."""
+        self.scale.data.clamp_(around * _NARROWEST, around * widest)
         return self.scale
 
     def extra_repr(self) -> str:
@@ -111,6 +114,7 @@ class ActivationFakeQuantize(FakeQuantize):
     low: torch.Tensor
     high: torch.Tensor
     seen: torch.Tensor
+    start: torch.Tensor
 
     def __init__(self, grid: Grid, sources: int, steps: int, *, learnable: bool) -> None:
         super().__init__(grid, torch.ones(1), torch.zeros(1, dtype=torch.int32), learnable=learnable)
@@ -118,6 +122,7 @@ class ActivationFakeQuantize(FakeQuantize):
         self.register_buffer("low", torch.zeros(sources))
         self.register_buffer("high", torch.zeros(sources))
         self.register_buffer("seen", torch.zeros(sources, dtype=torch.int64))
+        self.register_buffer("start", torch.ones(1))
 
     def calibrate(self, ranges: list[tuple[float, float]]) -> None:
         """Start from known ranges, one for each source."""
@@ -149,12 +154,16 @@ class ActivationFakeQuantize(FakeQuantize):
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, low, high)
         features = x[0].numel() if x.dim() > 1 else x.numel()
         factor = (max(features, 1) * high) ** -0.5
-        scale, zero_point = self._positive(), self.zero_point.to(x.dtype)
+        scale, zero_point = self._bounded(self.start, _WIDEST), self.zero_point.to(x.dtype)
         return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, low, high, factor)
 
     def _observe(self, x: torch.Tensor, source: int) -> None:
         with torch.no_grad():
             seen = int(self.seen[source])
+            if seen == self.steps and self.learnable:
+                # Processes that train together have seen other data each; buffers are those of the first one by now.
+                self.scale.data.copy_(self.start)
+                self.seen[source] += 1
             if seen >= self.steps or x.numel() == 0:
                 return
             low, high = torch.aminmax(x.detach().float())
@@ -166,7 +175,9 @@ class ActivationFakeQuantize(FakeQuantize):
 
     def _settle(self) -> None:
         known = self.seen > 0
-        self.set(*self.grid.parameters(self.low[known].min(), self.high[known].max()))
+        scale, zero_point = self.grid.parameters(self.low[known].min(), self.high[known].max())
+        self.set(scale, zero_point)
+        self.start.fill_(scale)
 
 
 class WeightFakeQuantize(FakeQuantize):
@@ -189,13 +200,14 @@ class WeightFakeQuantize(FakeQuantize):
         if not self.enabled:
             return weight
         low, high = self.grid.qmin, self.grid.qmax
+        scale, zero_point = self.grid.parameters(*_extremes(weight, self.axis))
         if self.learnable:
-            factor = (weight.numel() / weight.shape[self.axis] * high) ** -0.5
-            scale, zero_point = self._positive(), self.zero_point.to(weight.dtype)
+            factor = (weight.numel() * high) ** -0.5
+            scale, zero_point = self._bounded(scale, 1.0), self.zero_point.to(weight.dtype)  # no use beyond the range
             return torch._fake_quantize_learnable_per_channel_affine(
                 weight, scale, zero_point, self.axis, low, high, factor
             )
-        self.set(*self.grid.parameters(*_extremes(weight, self.axis)))
+        self.set(scale, zero_point)
         return torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero_point, self.axis, low, high)
 
 

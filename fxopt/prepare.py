@@ -71,7 +71,7 @@ def prepare(
         InputError: an argument is not what it must be. SpecError: an unknown target, pass, option or backend.
         CaptureError: the model cannot be captured. PreconditionError: a pass leaves nothing that can be trained.
     """
-    where, engine = resolve_target(target), _engine(backend, resolve_target(target))
+    where = resolve_target(target)
     listed = _trainable(spec.resolve(passes, registry.find_pass))
     inputs = as_args(example_inputs)
     check_kwargs(example_kwargs)
@@ -81,13 +81,17 @@ def prepare(
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         captured = capture(model, args, kwargs, dynamic_shapes)
         data = None if calibration is None else Calibration(calibration, captured.program.signature)
-        ctx = PassContext(where, captured.inputs, data, engine=engine, training=True)
-        program, records = Pipeline(ctx, captured.reference, verify).run(captured.program, listed)
-        modules: dict[str, nn.Module] = {}
-        for record in records:
-            modules |= record.details.get("fake_quant", {})
-        frozen = Frozen(program, type(model).__name__, where, captured.inputs)
-        return PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
+        ctx = PassContext(where, captured.inputs, data, engine=_engine(backend, where), training=True)
+        return _rewritten(captured, ctx, listed, verify, type(model).__name__)
+
+
+def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify: bool, name: str) -> PreparedModel:
+    program, records = Pipeline(ctx, captured.reference, verify).run(captured.program, listed)
+    modules: dict[str, nn.Module] = {}
+    for record in records:
+        modules |= record.details.get("fake_quant", {})
+    frozen = Frozen(program, name, ctx.target, captured.inputs)
+    return PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
 
 
 def _engine(backend: str | Backend | None, target: Target) -> str:

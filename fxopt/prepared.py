@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from fxopt import deploy, ops
+from fxopt import deploy, dropout, ops
 from fxopt.backend import Backend
 from fxopt.compiled import CompiledModel
 from fxopt.compiler import Plan, as_args, check_kwargs
@@ -76,16 +74,17 @@ class PreparedModel(nn.Module):
         self._frozen = frozen
         self._batch_norm_frozen = False
         self._attention_dropout = dict[str, float]()
+        self._averages_all = set[str]()  # modules whose batch norm has no momentum
         self._places = dict[str, tuple[str, str]]()
         self.fake_quant = nn.ModuleDict(modules)
         for name, tensor in tensors.items():
             self._adopt(name, tensor)
         for node in frozen.program.graph.nodes:
             if ops.kind(node) == "attention":
-                self._attention_dropout[node.name] = _attention_dropout(node, model)
+                self._attention_dropout[node.name] = dropout.of_attention(node, model)
             elif ops.kind(node) == "batch_norm" and isinstance(ops.arguments(node)["running_mean"], fx.Node):
                 self._count_batches(str(ops.arguments(node)["running_mean"].target), model)
-        _warn_of_lost_dropout(frozen.program, model, self._attention_dropout)
+        dropout.warn_of_lost(frozen.program, model, self._attention_dropout)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, in the model's own structure.
@@ -200,7 +199,7 @@ class PreparedModel(nn.Module):
             owner.register_buffer(last, tensor)
 
     def _path(self, owner: nn.Module) -> str:
-        return next(name for name, module in self.named_modules() if module is owner)
+        return next(str(name) for name, module in self.named_modules() if module is owner)
 
     def _tensor(self, name: str) -> Any:
         if name not in self._places:
@@ -215,7 +214,8 @@ class PreparedModel(nn.Module):
         theirs = dict(model.named_buffers()).get(f"{statistic.rpartition('.')[0]}.num_batches_tracked")
         if theirs is not None and not hasattr(owner, "num_batches_tracked"):
             owner.register_buffer("num_batches_tracked", theirs.detach().clone())
-            owner.momentum = getattr(model.get_submodule(statistic.rpartition(".")[0]), "momentum", None)
+            if getattr(model.get_submodule(statistic.rpartition(".")[0]), "momentum", None) is None:
+                self._averages_all.add(path)
 
     def _run(self, leaves: Sequence[Any]) -> list[Any]:
         frozen, values, feed = self._frozen, dict[fx.Node, Any](), iter(leaves)
@@ -257,51 +257,21 @@ class PreparedModel(nn.Module):
         statistic = ops.arguments(node)["running_mean"]
         if training or not isinstance(statistic, fx.Node):
             return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
-        owner = self.get_submodule(self._places[str(statistic.target)][0])
+        path = self._places[str(statistic.target)][0]
+        owner = self.get_submodule(path)
         if not owner.training:
             return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
-        if hasattr(owner, "num_batches_tracked"):
-            owner.num_batches_tracked.add_(1)
-            if owner.momentum is None:
-                momentum = 1 / float(owner.num_batches_tracked)
+        counter = owner._buffers.get("num_batches_tracked")
+        if counter is not None:
+            counter.add_(1)
+            if path in self._averages_all:
+                momentum = 1 / float(counter)
         return F.batch_norm(x, mean, variance, weight, bias, True, momentum, eps)
 
     def _device(self, captured: torch.device) -> torch.device:
         """Where a tensor is made that was made on the device of capture."""
         own = next((t.device for t in (*self.parameters(), *self.buffers())), captured)
         return own if torch.device(captured).type == "cpu" else captured
-
-
-def _owner(node: fx.Node, model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Path and module whose forward made *node*."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    try:
-        return path, model.get_submodule(path)
-    except AttributeError:
-        return path, None
-
-
-def _attention_dropout(node: fx.Node, model: nn.Module) -> float:
-    _, owner = _owner(node, model)
-    return owner.dropout if isinstance(owner, nn.MultiheadAttention) else 0.0
-
-
-def _warn_of_lost_dropout(program: Program, model: nn.Module, attention: Mapping[str, float]) -> None:
-    """Name the modules that drop out in training, but not in the captured graph."""
-    kept = {_owner(n, model)[0] for n in program.graph.nodes if ops.kind(n) == "dropout" or attention.get(n.name)}
-    lost = []
-    for path, module in model.named_modules():
-        rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)
-        drops = isinstance(module, (_DropoutNd, nn.MultiheadAttention)) and isinstance(rate, float) and rate > 0
-        if drops and path not in kept:
-            lost.append(path)
-    if lost:
-        warnings.warn(
-            f"fxopt.prepare: {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} will not drop out in "
-            "training: the captured graph does not call it",
-            stacklevel=4,
-        )
 
 
 __all__ = ["PreparedModel"]

@@ -1,13 +1,26 @@
-"""Timing of the stages of a compile, shown as a spinner with a clock where stderr is a terminal."""
+"""Timing of the stages of a compile, shown as a spinner with a clock where stderr is a terminal.
+
+``say`` tells from anywhere within a stage, such as a pass that takes long, what is being done.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+_current: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
+
+
+def say(text: str) -> None:
+    """Show *text* as what is being done, where stages are shown."""
+    current = _current.get()
+    if current is not None:
+        current(text)
 
 
 class Stages:
@@ -29,9 +42,11 @@ class Stages:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(title)
             self._say = lambda text: bar.update(task, description=f"{title}: {text}")
+            token = _current.set(self._say)
             try:
                 yield self
             finally:
+                _current.reset(token)
                 self._say = lambda text: None
 
     @contextmanager

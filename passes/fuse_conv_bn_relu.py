@@ -37,11 +37,8 @@ class FuseConvBnRelu(Pass):
     """Fold batch_norm into convs and linears, then fuse residual adds and activations."""
 
     name: ClassVar[str] = "fuse-conv-bn-relu"
-    runs_after: ClassVar[tuple[str, ...]] = (
-        "canonicalize",
-        "common-subexpressions",
-        "recognize-activations",
-        "fold-constants",
+    runs_after: ClassVar[tuple[str, ...]] = tuple(
+        "canonicalize common-subexpressions recognize-activations fold-constants".split()
     )
 
     def untrainable(self) -> str | None:
@@ -51,10 +48,9 @@ class FuseConvBnRelu(Pass):
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Four sweeps: each gives the next one its pattern."""
         folded: dict[Value, tuple[fx.Node, fx.Node]] = {}
-        apply(rewriter, [BatchNormIntoProducer(folded)])
-        apply(rewriter, [BatchNormIntoConsumer(folded)])
-        apply(rewriter, [AddIntoProducer()])
-        apply(rewriter, [ActivationIntoProducer()])
+        folds = BatchNormIntoProducer(folded), BatchNormIntoConsumer(folded)
+        for rule in (*folds, AddIntoProducer(), ActivationIntoProducer()):
+            apply(rewriter, [rule])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,9 @@ def digits_case(name: str, seed: int, folder: Path, *, steps: int | None, tuning
     model = digits.trained(name, data, seed, steps=steps)
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(seed))
     chosen = data.images[order[: BATCH * CALIBRATION_BATCHES]]
-    seen, held = ([(x,) for x in images.split(BATCH)] for images in (chosen, data.held_images))
+    seen, held = (
+        list[tuple[torch.Tensor, ...]](zip(images.split(BATCH), strict=True)) for images in (chosen, data.held_images)
+    )
     assert len(held[-1][0]) == BATCH, "shapes are fixed when a model is compiled: batches must divide the images"
     return Case(name, model, seen, held, data.held_labels, data, folder, threads, tuning)
 

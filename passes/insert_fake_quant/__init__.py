@@ -16,10 +16,11 @@ from typing import ClassVar, Literal
 
 from fxopt.errors import PreconditionError, SpecError
 from fxopt.passbase import Pass, PassContext
-from fxopt.passes.insert_fake_quant import qat
+from fxopt.passes.insert_fake_quant import qat, sensitivity
 from fxopt.passes.insert_fake_quant.quantization import Quantization
 from fxopt.passes.insert_fake_quant.scheme import named
 from fxopt.rewriter import Rewriter
+from fxopt.sensitivity import Sensitivity
 
 _MODES = ("static", "dynamic", "none", "float")
 
@@ -99,6 +100,10 @@ class InsertFakeQuant(Pass):
     def untrainable(self) -> str | None:
         """Integers have no gradients; rounding with a straight-through estimator has."""
         return None if self.qat else "it leaves integers: write insert-fake-quant{qat=true}"
+
+    def sensitivity(self, rewriter: Rewriter, ctx: PassContext) -> Sensitivity:
+        """What :func:`fxopt.sensitivity` tells, on a graph that is ready for this pass."""
+        return sensitivity.measure(self, rewriter, ctx)
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Place, calibrate, insert, check.

@@ -149,9 +149,10 @@ class _Demand:
                 self._unit(node)
             elif node in self.wanted and node in self.native.found:
                 self._pass_on(node)
+        first = dict[fx.Node, fx.Node]()  # of each group, in graph order
         for node in nodes:
             if node in self.wanted:
-                self.placement.quantized[node] = self.groups[node]
+                self.placement.quantized[node] = first.setdefault(self.groups[node], node)
 
     def _unit(self, node: fx.Node) -> None:
         reads = [node.all_input_nodes[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from fxopt.execute import evaluate
+from fxopt.passes.insert_fake_quant.pictures import LayerHistogram, plot
 from fxopt.program import Program
 
 
@@ -71,11 +73,17 @@ class Quality:
         scheme: name of the scheme.
         outputs: each floating output against float; empty without calibration data.
         layers: each conv and linear, quantized or not.
+        histograms: of the weight and the input of each quantized layer, by its name; empty without calibration data.
     """
 
     scheme: str
     outputs: tuple[OutputQuality, ...]
     layers: tuple[LayerQuality, ...]
+    histograms: Mapping[str, LayerHistogram] = dataclasses.field(default_factory=dict)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the histograms; see :func:`pictures.plot`."""
+        plot(list(self.histograms.values()), path)
 
     def __str__(self) -> str:
         done = [layer for layer in self.layers if layer.mode != "float"]

@@ -16,7 +16,7 @@ from torch import fx
 from fxopt import ops, quantized, registry
 from fxopt.errors import PreconditionError, VerifyError
 from fxopt.passbase import PassContext
-from fxopt.passes.insert_fake_quant import calibrate, insert, quality
+from fxopt.passes.insert_fake_quant import calibrate, insert, pictures, quality
 from fxopt.passes.insert_fake_quant.insert import Range
 from fxopt.passes.insert_fake_quant.latency import choose_floats
 from fxopt.passes.insert_fake_quant.placement import Placement, place
@@ -117,7 +117,7 @@ class Quantization:
         def latency(floats: frozenset[str]) -> float:
             self.modes = {name: mode for name, mode in modes.items() if name not in floats}
             self.observe(exact)
-            trial = self._trial(exact)
+            trial = self.trial(exact)
             finish.run(Rewriter(trial), self.ctx)
             trial.remove_dead()
             return measure(trial)
@@ -157,20 +157,21 @@ class Quantization:
         insert.activations(rewriter, placement, self.scheme.activation, groups)
         insert.dynamic(rewriter, [u for u, mode in units.items() if mode == "dynamic"], self.scheme.activation)
 
-    def _trial(self, exact: Program) -> Program:
+    def trial(self, exact: Program) -> Program:
+        """A copy of *exact* with the layers quantized that ``modes`` names."""
         program = exact.copy()
         self._insert(Rewriter(program))
         program.remove_dead()
         return program
 
     def _check(self, exact: Program, kept: list[Sequence[Any]]) -> list[quality.OutputQuality]:
-        return quality.outputs(exact, self._trial(exact), kept)
+        return quality.outputs(exact, self.trial(exact), kept)
 
     def _lost(self, found: Sequence[quality.OutputQuality]) -> list[quality.OutputQuality]:
         return [one for one in found if not one.cosine >= self.options.cosine]
 
     def _noise(self, exact: Program, kept: list[Sequence[Any]]) -> Mapping[str, quality.Noise]:
-        return quality.layers(exact, self._trial(exact), list(self.modes), kept[0]) if kept and self.modes else {}
+        return quality.layers(exact, self.trial(exact), list(self.modes), kept[0]) if kept and self.modes else {}
 
     def _put_back(self, exact: Program, kept: list[Sequence[Any]]) -> bool:
         """Return the layers to float that harm the outputs most; False where none is left to return."""
@@ -203,7 +204,8 @@ class Quantization:
             )  # fmt: skip
             if reason:
                 self.rewriter.skip(node, reason)
-        self.rewriter.details["quantization"] = quality.Quality(self.scheme.name, tuple(found), tuple(layers))
+        shown = pictures.collect(exact, list(self.modes), self.ranges, kept[0]) if kept and self.modes else {}
+        self.rewriter.details["quantization"] = quality.Quality(self.scheme.name, tuple(found), tuple(layers), shown)
         lost = self._lost(found)
         if lost:
             self._complain(lost, noise)

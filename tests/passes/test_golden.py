@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxopt import registry, testing
+from fxopt import fake_quant, registry, testing
 from tests.passes.models import Model, chain
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -117,6 +117,27 @@ def outlier_channel() -> Case:
     return model, (torch.randn(1, 5, 4),)
 
 
+def positive() -> Case:
+    return chain(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False)), (torch.rand(1, 3, 4, 4),)
+
+
+def unequal() -> Case:
+    model, inputs = positive()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[1] *= 50
+        model.get_parameter("2.weight")[:, 1] /= 50
+    return model, inputs
+
+
+def trained_rounding() -> Case:
+    """What a prepared model hands to the compiler: weights on a grid, values marked."""
+    fc = nn.Linear(4, 2)
+    with torch.no_grad():
+        fc.weight.copy_(torch.randint(-127, 128, (2, 4)) * 0.01)
+    model = Model(lambda m, x: m.fc(fake_quant.FAKE_QUANTIZED(x, 0.02, 128, 0, 255, torch.uint8)), fc=fc)
+    return model, (torch.randn(3, 4),)
+
+
 CASES: list[tuple[str, Callable[[], Case]]] = [
     ("fuse-conv-bn-relu", conv_bn_relu),
     ("fuse-conv-bn-relu", residual),
@@ -140,6 +161,11 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("insert-fake-quant", residual),
     ("insert-fake-quant", mlp),
     ("freeze-quantized-weights", mlp),
+    ("convert-fake-quant", trained_rounding),
+    ("cross-layer-equalization", unequal),
+    ("bias-correction", positive),
+    ("ada-round", positive),
+    ("gptq", mlp),
 ]
 
 # Options that a case needs, passes that stand before, and what looks at data.
@@ -147,11 +173,13 @@ OPTIONS = {
     "cast-precision": "{dtype=bf16}",
     "insert-fake-quant": "{scheme=torch}",
 }
+QUANTIZED = "canonicalize,fuse-conv-bn-relu,insert-fake-quant{scheme=torch,smooth=false}"
 BEFORE = {
+    **dict.fromkeys(("bias-correction", "ada-round", "gptq"), QUANTIZED),
     "insert-fake-quant": "canonicalize,fuse-conv-bn-relu",
     "freeze-quantized-weights": "canonicalize,insert-fake-quant{activations=none}",
 }
-CALIBRATED = ("smooth-quant", "insert-fake-quant")
+CALIBRATED = ("smooth-quant", "insert-fake-quant", "bias-correction", "ada-round", "gptq")
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
