@@ -71,8 +71,7 @@ def prepare(
         InputError: an argument is not what it must be. SpecError: an unknown target, pass, option or backend.
         CaptureError: the model cannot be captured. PreconditionError: a pass leaves nothing that can be trained.
     """
-    where = resolve_target(target)
-    listed = _trainable(spec.resolve(passes, registry.find_pass))
+    where, listed = resolve_target(target), _trainable(spec.resolve(passes, registry.find_pass))
     inputs = as_args(example_inputs)
     check_kwargs(example_kwargs)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
