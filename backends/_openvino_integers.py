@@ -2,7 +2,8 @@
 
     ids: |ids| ≤ L   →   ids * 1000 + 7: at most 1000·L + 7   →   L = 2,147,483
 
-The largest absolute value of every integer is bounded from those of its operands. Where one may not fit, the inputs
+Sums, extremes, comparisons and divisions it computes in float32, which is exact to 2^24. The largest absolute
+value of every integer is bounded from those of its operands. Where one may not fit, the inputs
 that it is made of are limited further, down to `_FEWEST`; the limits are checked at each call. What fits with none is
 declined.
 """
@@ -23,6 +24,7 @@ from fxopt.errors import UnsupportedOp
 from fxopt.program import Program
 
 _LARGEST = 2**31 - 1
+_LARGEST_IN_FLOAT = 2**24
 _FEWEST = 2**12  # no input is limited to less
 _SIZE = 2**15  # what a dynamic size, and a position along a dimension, is taken to be at most
 
@@ -35,6 +37,8 @@ _VALUES = set(
 _SCALARS = ("value", "other", "min", "max", "fill_value", "s")  # arguments of _VALUES and _MOVES that are values
 _SUMS, _BITS = {"add", "sub", "rsub"}, {"bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__"}
 _REMAINDERS = {"remainder", "fmod", "floor_divide", "div"}
+_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+_IN_FLOAT = _REMAINDERS | _COMPARISONS | {"sum", "prod", "max", "min", "amax", "amin", "argmax", "argmin"}
 _POSITIONS = set("argmax argmin argsort nonzero searchsorted bucketize one_hot count_nonzero".split())
 _ONES = set("eye ones zeros ones_like zeros_like new_ones new_zeros".split())
 
@@ -95,9 +99,22 @@ class _Magnitudes:
             blamed = {i for source in sources for i in self.inputs.get(source, ())}
             self.inputs[node] = frozenset(blamed | ({node} if node in self.limits else set()))
             self.largest[node] = self._largest(node)
-            if is_integer(node) and self.largest[node] > min(_LARGEST, torch.iinfo(node.meta["val"].dtype).max):
+            if self._read(node) > _LARGEST_IN_FLOAT or (is_integer(node) and self.largest[node] > self._most(node)):
                 return node, self.inputs[node]
         return None
+
+    def _read(self, node: fx.Node) -> float:
+        """The largest integer that *node* reads as a float."""
+        if ops.packet(node) not in _IN_FLOAT or not any(is_integer(source) for source in node.all_input_nodes):
+            return 0
+        numbers = [x for x in node.args if isinstance(x, int | float)] if ops.packet(node) in _COMPARISONS else []
+        return max(self._of(x) for x in (*node.all_input_nodes, *numbers))
+
+    @staticmethod
+    def _most(node: fx.Node) -> int:
+        """What OpenVINO holds exactly at *node*."""
+        most = _LARGEST_IN_FLOAT if ops.packet(node) in _IN_FLOAT else _LARGEST
+        return min(most, int(torch.iinfo(node.meta["val"].dtype).max))
 
     def _largest(self, node: fx.Node) -> float:
         value = node.meta.get("val")
@@ -125,7 +142,7 @@ class _Magnitudes:
             most = min(_LARGEST, torch.iinfo(node.meta["val"].dtype).max)
             return min(most, 2 * max(self._of(a["self"]), self._of(a["other"])))
         if packet in _REMAINDERS:
-            return max(self._of(a["self"]), self._of(a["other"])) + 1
+            return max(self._of(a["self"]), self._of(a["other"]))
         if packet in ("sum", "cumsum", "diff"):
             return self._of(a["self"]) * self._terms(packet, a)
         if packet == "arange":

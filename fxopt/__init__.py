@@ -30,20 +30,20 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from fxopt.passbase import Pass, PassContext
-    from fxopt.prepare import PreparedModel, prepare
     from fxopt.program import Program
     from fxopt.report import Report
     from fxopt.rewriter import Rewriter
-    from fxopt.sensitivity import sensitivity
     from fxopt.signature import Signature
+    from fxopt.sweep import sensitivity
     from fxopt.target import Target
+    from fxopt.training import PreparedModel, prepare
 
 _HOME = {
     "compile": "compiler",
     "CompiledModel": "compiled",
-    "prepare": "prepare",
+    "prepare": "training",
     "PreparedModel": "prepared",
-    "sensitivity": "sensitivity",
+    "sensitivity": "sweep",
     "Report": "report",
     "Target": "target",
     "Pass": "passbase",

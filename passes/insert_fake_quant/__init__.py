@@ -20,7 +20,7 @@ from fxopt.passes.insert_fake_quant import qat, sensitivity
 from fxopt.passes.insert_fake_quant.quantization import Quantization
 from fxopt.passes.insert_fake_quant.scheme import named
 from fxopt.rewriter import Rewriter
-from fxopt.sensitivity import Sensitivity
+from fxopt.sweep import Sensitivity
 
 _MODES = ("static", "dynamic", "none", "float")
 

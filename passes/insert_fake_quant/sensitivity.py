@@ -10,7 +10,7 @@ from fxopt.passes.insert_fake_quant import calibrate, insert, quality
 from fxopt.passes.insert_fake_quant.quantization import Quantization
 from fxopt.program import source_line
 from fxopt.rewriter import Rewriter
-from fxopt.sensitivity import LayerSensitivity, Sensitivity
+from fxopt.sweep import LayerSensitivity, Sensitivity
 
 if TYPE_CHECKING:
     from fxopt.passes.insert_fake_quant import InsertFakeQuant

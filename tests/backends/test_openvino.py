@@ -94,7 +94,7 @@ class Mixed(nn.Module):
     def forward(self, x: torch.Tensor, ids: torch.Tensor, flag: bool) -> dict[str, Any]:
         y = x * 2
         values = {"y": y, "again": y, "x": x, "count": 3, "none": None, "flag": flag}
-        return values | {"ids": ids + 1, "positive": y > 0, "small": ids.to(torch.uint8), "sum": x.sum()}
+        return values | {"ids": ids + 1, "positive": y > 0, "small": ids.to(torch.int32), "sum": x.sum()}
 
 
 def test_outputs_of_every_kind() -> None:

@@ -27,15 +27,16 @@ def compiled_for(function: Callable[..., Any], x: torch.Tensor = SMALL) -> fxopt
     ("function", "most"),
     [
         (lambda i: i.view(1, 2), 2**31 - 1),
-        (lambda i: i < 2**40, 2**31 - 1),
+        (lambda i: i < 12, 2**24 - 1),
         (lambda i: i + i, 2**30 - 1),
         (lambda i: torch.sub(7, i, alpha=3), 2**29 - 1),
-        (lambda i: i.sum(), 2**30 - 1),
+        (lambda i: i.sum(), 2**23 - 1),
+        (lambda i: i.amax(0), 2**24 - 1),
         (lambda i: i.cumsum(0), 2**30 - 1),
-        (lambda i: torch.cat([i.view(1, 2), -i.view(1, 2)]).sum((0, 1)), 2**29 - 1),
+        (lambda i: torch.cat([i.view(1, 2), -i.view(1, 2)]).sum((0, 1)), 2**22 - 1),
         (lambda i: i * i, 2**15 - 1),
         (lambda i: (i & 2**20) * 1000, 2**20 - 1),
-        (lambda i: i % 7 + torch.div(i, 7, rounding_mode="floor"), 2**30 - 1),
+        (lambda i: i % 7 + torch.div(i, 7, rounding_mode="floor"), 2**24 - 1),
     ],
 )
 def test_inputs_are_limited_to_what_nothing_overflows_for(function: Callable[..., Any], most: int) -> None:
@@ -54,6 +55,7 @@ def test_inputs_are_limited_to_what_nothing_overflows_for(function: Callable[...
         (lambda i: i**3, SMALL, "pow"),
         (lambda i: i.prod(), SMALL, "prod"),
         (lambda i: i + 2**40, SMALL, "add"),
+        (lambda i: i < 2**40, SMALL, "lt"),
         (lambda i: i + torch.tensor(2**40), SMALL, "2199|constant|tensor"),
         (lambda x: x.long(), torch.randn(3), "to"),
         (lambda i: i + i, SMALL.to(torch.uint8), "add"),
@@ -85,14 +87,14 @@ def test_transformers_are_taken(name: str) -> None:
     dynamic = capture(model, (ids,), kwargs, {leaf.name: sizes for leaf in fixed.program.signature.inputs})
     for captured in (fixed, dynamic):
         bounds = integer_bounds(captured.program)
-        assert [bound.high for bound in bounds.values()] == [2**31 - 1, 2**31 - 1]
+        assert min(bound.high for bound in bounds.values()) >= 2**24 - 1
 
 
 def test_positions_from_a_mask_of_any_length() -> None:
     model = Function(lambda mask: (mask.cumsum(-1) - 1).clamp(min=0))
     shapes = ({0: "batch", 1: "tokens"},)
     example = torch.ones(2, 5, dtype=torch.int64)
-    captured = capture(model.eval(), (example,), None, {"inputs_0": shapes[0]})
+    captured = capture(model.eval(), (example,), None, {"inputs": shapes})
     [bound] = integer_bounds(captured.program).values()
     assert bound.high >= 2**12 - 1
 
