@@ -7,8 +7,9 @@
     1. values that only move are moved as integers          _torch_int8_graph
     2. convolutions and linears                             _torch_int8_units
     3. linears over floats, or over ranges found at each call   _torch_int8_linears
-    4. add, mul, hardswish between integers                 _torch_int8_pointwise
-    5. weights left over become floats, once; what is left quantizes and dequantizes in one pass over the data
+    4. linears with int4 weights                            _torch_int4
+    5. add, mul, hardswish between integers                 _torch_int8_pointwise
+    6. weights left over become floats, once; what is left quantizes and dequantizes in one pass over the data
 
 Results agree with the reference evaluation of the graph to one quantization step: both sum in int32, the rounding of
 the float that follows may differ. Without VNNI (AVX2, early AVX-512) oneDNN adds pairs of products in int16, which
@@ -24,13 +25,13 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backends import _torch_int8_kernels as kernels
-from fxopt.backends import _torch_int8_pointwise
+from fxopt.backends import _torch_int4, _torch_int8_pointwise
 from fxopt.backends._torch_int8_graph import integers, is_full, prepare, quantized
 from fxopt.backends._torch_int8_linears import Linears
 from fxopt.backends._torch_int8_packer import Int8Packer
 from fxopt.backends._torch_int8_units import Units
 from fxopt.program import Program
-from fxopt.quantized import DEQUANTIZE, DEQUANTIZE_CHANNEL, is_dequantize, is_quantize
+from fxopt.quantized import DEQUANTIZE, DEQUANTIZE_CHANNEL, DEQUANTIZE_GROUP, is_dequantize, is_quantize
 
 aten = torch.ops.aten
 
@@ -49,14 +50,14 @@ def lower(program: Program) -> dict[str, Callable[[], torch.Tensor]]:
     linears = Linears(packer, units)
     for node in list(program.graph.nodes):
         if ops.kind(node) in ("conv", "linear"):
-            _ = units.lower(node) or linears.lower(node)
+            _ = units.lower(node) or linears.lower(node) or _torch_int4.lower(packer, node)
     for node in list(program.graph.nodes):
         if not node._erased and node.op == "call_function":
             _torch_int8_pointwise.lower(packer, node)
     packer.drop_unused()
     units.reuse_residuals()
     for node in list(program.graph.nodes):
-        if node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL):
+        if node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL, DEQUANTIZE_GROUP):
             packer.dequantized(node)
         _convert_fast(packer, node)
     packer.drop_unused()

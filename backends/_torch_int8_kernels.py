@@ -27,7 +27,8 @@ _PLANE_STEPS, _PLANE_ZERO = 32512.0, 32896
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _fresh(function: Function) -> Function:
+def fresh(function: Function) -> Function:
+    """Mark *function* as one whose result shares no memory with its arguments."""
     function.gives_new_memory = True  # type: ignore[attr-defined]
     return function
 
@@ -71,13 +72,13 @@ with warnings.catch_warnings():
     with_scale(torch.zeros(1, dtype=torch.uint8), 1.0, 0)
 
 
-@_fresh
+@fresh
 def quantize(x: torch.Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> torch.Tensor:
     """``quantize_per_tensor`` over the whole range of *dtype* (uint8 or int8), for *x* of any float dtype."""
     return integers(_quantize(x.float(), scale, zero_point, _KINDS[dtype]))
 
 
-@_fresh
+@fresh
 def quantize_dynamic(x: torch.Tensor, low: int, high: int, eps: float) -> tuple[torch.Tensor, float, int]:
     """*x* over its own range: uint8 integers from *low* to *high*, scale and zero point, as ``choose_qparams``."""
     x = x.float()
@@ -91,13 +92,13 @@ def quantize_dynamic(x: torch.Tensor, low: int, high: int, eps: float) -> tuple[
     return (q if (low, high) == (0, 255) else q.clamp_(low, high)), scale, zero_point
 
 
-@_fresh
+@fresh
 def linear_dynamic(x: torch.Tensor, weight: PackedLinear) -> torch.Tensor:
     """A linear over *x* quantized to the whole of uint8 over its own range; float32."""
     return _linear_dynamic(x.float(), weight.packed, False)  # type: ignore[no-any-return]
 
 
-@_fresh
+@fresh
 def linear_by_planes(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """A linear of float activations, each row held in 16 bits, by an int8 *weight* packed for oneDNN; float32."""
     steps = _PLANE_STEPS / x.float().abs().amax(-1, keepdim=True).clamp_min_(1e-30)
@@ -107,13 +108,13 @@ def linear_by_planes(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     return torch.add(y[0], y[1], alpha=256.0).div_(steps)
 
 
-@_fresh
+@fresh
 def dequantize(q: torch.Tensor, scale: float, zero_point: int) -> torch.Tensor:
     """``dequantize_per_tensor`` to float32."""
     return with_scale(q, scale, zero_point).dequantize()
 
 
-@_fresh
+@fresh
 def max_pool2d(
     q: torch.Tensor,
     kernel_size: Sequence[int],
@@ -126,25 +127,25 @@ def max_pool2d(
     return integers(_max_pool2d(with_scale(q, 1.0, 0), kernel_size, stride, padding, dilation, ceil_mode))
 
 
-@_fresh
+@fresh
 def add(a: torch.Tensor, sa: float, za: int, b: torch.Tensor, sb: float, zb: int, s: float, z: int) -> torch.Tensor:
     """A + b, each with its scale and zero point, the result with *s* and *z*. Broadcasts."""
     return integers(_add(with_scale(a, sa, za), with_scale(b, sb, zb), s, z))
 
 
-@_fresh
+@fresh
 def mul(a: torch.Tensor, sa: float, za: int, b: torch.Tensor, sb: float, zb: int, s: float, z: int) -> torch.Tensor:
     """A · b. Broadcasts."""
     return integers(_mul(with_scale(a, sa, za), with_scale(b, sb, zb), s, z))
 
 
-@_fresh
+@fresh
 def hardswish(q: torch.Tensor, sq: float, zq: int, s: float, z: int) -> torch.Tensor:
     """Hardswish of *q*, the result with *s* and *z*."""
     return integers(_hardswish(with_scale(q, sq, zq), s, z))
 
 
-@_fresh
+@fresh
 def leaky_relu(q: torch.Tensor, sq: float, zq: int, s: float, z: int, slope: float) -> torch.Tensor:
     """Leaky ReLU of *q*, the result with *s* and *z*."""
     return integers(_leaky_relu(with_scale(q, sq, zq), slope, False, s, z))
