@@ -7,6 +7,8 @@ Measured on Zen 4, channels_last, 200,000 and 50,000 elements, µs, both through
 
                  integers    dequantize, op, quantize
     add, mul     37 / 20     58 / 23
+    mul by one number for each channel (squeeze and excitation), with its pool:
+                 115 ... 630 98 ... 123     left in floats, as the numbers it multiplies by are
     hardswish    46 / 17     47 / 21
     leaky_relu   33 / 15     46 / 21
     sigmoid     137 / 34     44 / 20        left in floats, and with it every other activation
