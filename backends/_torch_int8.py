@@ -24,8 +24,8 @@ import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.backends import _torch_int8_kernels as kernels
 from fxopt.backends import _torch_int4, _torch_int8_pointwise
+from fxopt.backends import _torch_int8_kernels as kernels
 from fxopt.backends._torch_int8_graph import integers, is_full, prepare, quantized
 from fxopt.backends._torch_int8_linears import Linears
 from fxopt.backends._torch_int8_packer import Int8Packer

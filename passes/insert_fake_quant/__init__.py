@@ -36,8 +36,9 @@ class InsertFakeQuant(Pass):
         weights: "int8", or "int4" in groups of *group_size* along the inputs (needs ``activations=none``).
         group_size: weights that share one scale, for int4.
         calibrator: how ranges are found: "minmax", "moving-average", "percentile", "mse" or "entropy".
-        overrides: "pattern=mode" for ops whose name, or whose weight's name, fits the shell pattern; the last that fits
-            wins. A mode is static, dynamic, none (weight-only) or float. Example: ``['classifier*=float']``.
+        overrides: "pattern=mode" for ops whose name, whose module's path or whose weight's name fits the shell pattern;
+            the last that fits wins. A mode is static, dynamic, none (weight-only) or float. Example:
+            ``['classifier*=float']``.
         objective: "coverage" to quantize whatever can be, or "latency" to leave in float what makes the model slower on
             the engine, as measured on the example inputs.
         first_last: quantize the first and the last conv or linear too.

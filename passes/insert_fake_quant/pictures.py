@@ -29,12 +29,14 @@ class Counts:
         low: smallest value; ``high``: largest.
         counts: of each bin from low to high. A large tensor is sampled at a fixed stride.
         range: what the integers stand for; None where each channel has a range of its own, or at each call.
+        clipped: share of the values that are outside of it; None without a range.
     """
 
     low: float
     high: float
     counts: tuple[int, ...]
     range: tuple[float, float] | None = None
+    clipped: float | None = None
 
     @staticmethod
     def of(x: torch.Tensor, given: Range | None = None) -> Counts:
@@ -43,8 +45,11 @@ class Counts:
         flat = flat[flat.isfinite()]
         low, high = (float(end) for end in torch.aminmax(flat)) if len(flat) else (0.0, 0.0)
         counts = torch.histc(flat, _BINS, low, high) if high > low else torch.tensor([float(len(flat))])
-        ends = None if given is None else (given.low, given.high)
-        return Counts(low, high, tuple(int(n) for n in counts.tolist()), ends)
+        bins = tuple(int(n) for n in counts.tolist())
+        if given is None:
+            return Counts(low, high, bins)
+        outside = ((flat < given.low) | (flat > given.high)).float().mean() if len(flat) else 0.0
+        return Counts(low, high, bins, (given.low, given.high), float(outside))
 
 
 @dataclasses.dataclass(frozen=True)

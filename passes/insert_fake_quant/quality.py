@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 from torch import fx
 
 from fxopt.execute import evaluate
 from fxopt.passes.insert_fake_quant.pictures import LayerHistogram, plot
 from fxopt.program import Program
+
+_WEIGHT = re.compile(r"\.(folded_)?weight(_\w+)?$")  # of a module; passes name their weights after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +51,11 @@ class LayerQuality:
 
     Attributes:
         name: of the node; ``kind``: "conv", "linear"...
-        weight: name of its weight in the user's model.
+        weight: name of its weight, as it is in the user's model or after passes before.
         mode: "static", "dynamic", "weight-only", or "float".
         snr_db: signal-to-noise ratio of its result in decibels; None where it stays in float.
         low, high: range of its quantized input.
-        clipped: share of input elements outside that range.
+        clipped: share of the elements of its input outside that range, on a batch kept back from calibration.
         reason: why it stays in float, or "".
         source: ``file:line`` of the user's code.
     """
@@ -63,6 +70,11 @@ class LayerQuality:
     clipped: float | None = None
     reason: str = ""
     source: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where it is in the user's model; the node's name where that is not known."""
+        return module_path(self.weight) or self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +98,35 @@ class Quality:
         plot(list(self.histograms.values()), path)
 
     def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110)
+        console.print(self)
+        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+    def __rich__(self) -> Group:
         done = [layer for layer in self.layers if layer.mode != "float"]
-        lines = [f"scheme {self.scheme}: {len(done)} of {len(self.layers)} convs and linears quantized"]
-        lines += [f"  {one}" for one in self.outputs]
+        title = f"scheme {self.scheme}: {len(done)} of {len(self.layers)} convs and linears quantized"
+        reasons = list(dict.fromkeys(layer.reason for layer in self.layers if layer.reason))
+        notes = [Text(f"[{i}] {reason}") for i, reason in enumerate(reasons, start=1)]
+        return Group(Text(title), *(Text(f"  {one}") for one in self.outputs), self._table(reasons), *notes)
+
+    def _table(self, reasons: Sequence[str]) -> Table:
+        """A row for each layer, with the number of its reason among *reasons*."""
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("layer", "kind", "mode", "SNR", "input from", "to", "clipped"):
+            right = heading not in ("layer", "kind", "mode")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for layer in self.layers:
-            snr = f"{layer.snr_db:6.1f} dB" if layer.snr_db is not None else " " * 9
-            lines.append(f"  {layer.name:24} {layer.mode:12} {snr}  {layer.reason}".rstrip())
-        return "\n".join(lines)
+            mode = layer.mode + (f" [{reasons.index(layer.reason) + 1}]" if layer.reason else "")
+            snr = "" if layer.snr_db is None else f"{layer.snr_db:.1f} dB"
+            ends = ("" if end is None else f"{end:.3g}" for end in (layer.low, layer.high))
+            clipped = "" if layer.clipped is None else f"{layer.clipped:.2%}"
+            table.add_row(Text(layer.path), layer.kind, Text(mode), snr, *ends, clipped)
+        return table
+
+
+def module_path(weight: str) -> str:
+    """The module whose weight is called *weight*: ``layer1.0.conv1`` for ``layer1.0.conv1.folded_weight``."""
+    return _WEIGHT.sub("", weight) if _WEIGHT.search(weight) else weight
 
 
 class Noise:

@@ -82,7 +82,8 @@ class Quantization:
 
     def _mode(self, unit: fx.Node) -> str:
         """What the user wants for *unit*."""
-        mode, names = self.options.activations, (unit.name, _weight_name(unit), ops.kind(unit))
+        mode, weight = self.options.activations, _weight_name(unit)
+        names = (unit.name, weight, quality.module_path(weight), ops.kind(unit))
         for text in self.options.overrides:
             pattern, _, other = text.rpartition("=")
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -142,12 +143,17 @@ class Quantization:
             calibrator = self.options.calibrator
             self.ranges |= calibrate.observe(exact, batches, missing, calibrator, self.scheme.activation)
 
-    def _insert(self, rewriter: Rewriter) -> None:
-        placement = self.place(rewriter.program)
+    def _groups(self, placement: Placement) -> dict[fx.Node, Range]:
+        """The range of each group of values, by its representative."""
         groups: dict[fx.Node, Range] = {}
         for source in placement.sources():
             group, one = placement.quantized[source], self.ranges[source.name]
             groups[group] = groups[group].union(one) if group in groups else one
+        return groups
+
+    def _insert(self, rewriter: Rewriter) -> None:
+        placement = self.place(rewriter.program)
+        groups = self._groups(placement)
         units = {n: self.modes[n.name] for n in rewriter.nodes() if n.name in self.modes}
         for unit, mode in units.items():
             if mode == "none" and self.options.weights == "int4":
@@ -190,33 +196,38 @@ class Quantization:
     def _report(self, exact: Program, kept: list[Sequence[Any]], found: list[quality.OutputQuality]) -> None:
         nodes = {node.name: node for node in exact.graph.nodes}
         noise = self._noise(exact, kept)
+        placement = self.place(exact)
+        groups = self._groups(placement)
+        ranges = {node.name: groups[group] for node, group in placement.quantized.items()}
+        shown = pictures.collect(exact, list(self.modes), ranges, kept[0]) if kept and self.modes else {}
         layers = []
         for name in [n for n in nodes if n in self.modes or n in self.reasons]:
             node, snr = nodes[name], noise.get(name)
             mode, reason = self.modes.get(name, "float"), self.reasons.get(name, "")
             label = {"none": "weight-only"}.get(mode, mode)
-            given = self.ranges.get(node.all_input_nodes[0].name) if mode == "static" else None
-            layers.append(
-                quality.LayerQuality(
-                    name, ops.kind(node), _weight_name(node), label, snr.snr_db if snr else None,
-                    given.low if given else None, given.high if given else None, None, reason, source_line(node),
-                )
-            )  # fmt: skip
+            given = ranges.get(node.all_input_nodes[0].name) if mode == "static" else None
+            seen = shown[name].input if given and name in shown else None
+            low, high = (given.low, given.high) if given else (None, None)
+            clipped, decibels = seen.clipped if seen else None, snr.snr_db if snr else None
+            what = (ops.kind(node), _weight_name(node), label)
+            numbers = (decibels, low, high, clipped)
+            layers.append(quality.LayerQuality(name, *what, *numbers, reason, source_line(node)))
             if reason:
                 self.rewriter.skip(node, reason)
-        shown = pictures.collect(exact, list(self.modes), self.ranges, kept[0]) if kept and self.modes else {}
         self.rewriter.details["quantization"] = quality.Quality(self.scheme.name, tuple(found), tuple(layers), shown)
         lost = self._lost(found)
         if lost:
-            self._complain(lost, noise)
+            self._complain(lost, [layer for layer in layers if layer.snr_db is not None])
 
-    def _complain(self, lost: list[quality.OutputQuality], noise: Mapping[str, quality.Noise]) -> None:
-        worst = sorted(noise, key=lambda name: noise[name].snr_db)[:_WORST]
-        names = ", ".join(f"{name} ({noise[name].snr_db:.1f} dB)" for name in worst)
+    def _complain(self, lost: list[quality.OutputQuality], layers: list[quality.LayerQuality]) -> None:
+        worst = sorted(layers, key=lambda layer: layer.snr_db or 0.0)[:_WORST]
+        outliers = "" if self.options.smooth else "smooth=true (outlier channels), "
+        names = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in worst)
         text = (
             f"insert-fake-quant lost more than cosine {self.options.cosine} allows: {'; '.join(map(str, lost))}. "
-            f"Worst layers: {names}. Try smooth-quant (outlier channels), calibrator=mse, overrides=['<layer>=float'], "
-            "on_loss=repair, or quantization-aware training with fxopt.prepare"
+            f"Worst layers: {names}. Try {outliers}"
+            "calibrator=mse, the passes bias-correction or ada-round after it, overrides=['<layer>=float'], on_loss=repair, or quantization-aware "
+            "training with fxopt.prepare"
         )
         if self.options.on_loss == "raise":
             raise VerifyError(text)

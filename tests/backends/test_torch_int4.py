@@ -1,4 +1,4 @@
-"""Linears with int4 weights: half a byte each in the PyTorch backend, and what the graph says to bfloat16's rounding."""
+"""Linears with int4 weights: half a byte each, and what the graph says to bfloat16's rounding."""
 
 from __future__ import annotations
 

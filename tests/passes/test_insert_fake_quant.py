@@ -74,7 +74,10 @@ def test_a_chain_stays_integer_from_the_input_to_the_last_linear() -> None:
     [after] = pool.users
     assert params(pool.args[0]) == params(after), "a pool of the maximum hands integers on as they are"
     assert checked.difference.cosine > 0.995
-    assert [layer.mode for layer in quality(checked).layers] == ["static"] * 4
+    layers = quality(checked).layers
+    assert [layer.mode for layer in layers] == ["static"] * 4
+    assert all(layer.clipped is not None and layer.clipped < 0.1 for layer in layers)
+    assert layers[0].path in str(quality(checked))
 
 
 def test_each_value_is_quantized_once() -> None:
@@ -272,7 +275,7 @@ class Fragile(nn.Module):
 
 def test_too_much_loss_warns_and_names_the_layer() -> None:
     model, inputs = Fragile(), (torch.randn(2, 4, 8),)
-    with pytest.warns(UserWarning, match=r"Worst layers.*linear.*smooth-quant"):
+    with pytest.warns(UserWarning, match=r"Worst layers: .*coarse .*smooth=true.*ada-round"):
         quantize(model, inputs)
 
 
