@@ -151,7 +151,7 @@ class _Magnitudes:
             return _SIZE
         if packet in _ONES:
             return 1
-        if kind == "select":
+        if kind in ("select", "embedding"):
             return self._of(node.args[0])
         if kind == "cast" and not _is_discrete(node.args[0]):
             return None  # from a float

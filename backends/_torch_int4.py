@@ -1,6 +1,6 @@
 """Linears with int4 weights in groups, on the kernel that PyTorch ships for them; weights take half a byte.
 
-    linear(x, dequantize_per_channel_group(w int4, scales), b)   →   _weight_int4pack_mm_for_cpu(x, packed w, scales) + b
+    linear(x, dequantize_per_channel_group(w int4, s), b)   →   _weight_int4pack_mm_for_cpu(x, packed w, s) + b
 
 The kernel is fast in bfloat16 alone, so float32 activations are rounded to it, and so are results: 60 dB, where int4
 weights leave about 20. Zen 4, 4096 × 4096, in ms: 1 row 0.4 (bf16 weights 1.5, float32 3.2); 16 rows 3.1 (2.3, 7.8);

@@ -104,7 +104,7 @@ class Quality:
 
     def __rich__(self) -> Group:
         done = [layer for layer in self.layers if layer.mode != "float"]
-        title = f"scheme {self.scheme}: {len(done)} of {len(self.layers)} convs and linears quantized"
+        title = f"scheme {self.scheme}: {len(done)} of {len(self.layers)} layers quantized"
         reasons = list(dict.fromkeys(layer.reason for layer in self.layers if layer.reason))
         notes = [Text(f"[{i}] {reason}") for i, reason in enumerate(reasons, start=1)]
         return Group(Text(title), *(Text(f"  {one}") for one in self.outputs), self._table(reasons), *notes)

@@ -16,7 +16,7 @@ from torch import fx
 from fxopt import ops, quantized, registry
 from fxopt.errors import PreconditionError, VerifyError
 from fxopt.passbase import PassContext
-from fxopt.passes.insert_fake_quant import calibrate, insert, pictures, quality
+from fxopt.passes.insert_fake_quant import calibrate, embeddings, insert, pictures, quality
 from fxopt.passes.insert_fake_quant.insert import Range
 from fxopt.passes.insert_fake_quant.latency import choose_floats
 from fxopt.passes.insert_fake_quant.placement import Placement, place
@@ -42,6 +42,7 @@ class Quantization:
         self.modes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
         self.ranges: dict[str, Range] = {}
+        self.tables: list[str] = []  # embeddings whose table becomes int8
 
     def run(self) -> None:
         """Decide, calibrate, check and perhaps repair, insert, report."""
@@ -79,6 +80,13 @@ class Quantization:
                 self.modes[unit.name] = mode
             else:
                 self.reasons[unit.name] = reason
+        for node in [n for n in self.rewriter.nodes() if ops.kind(n) == "embedding" and not _is_integer(n)]:
+            as_asked = "stays in float, as asked" if self._mode(node) == "float" else None
+            reason = as_asked or embeddings.refusal(self.rewriter, node, self.scheme.weight)
+            if reason is None:
+                self.tables.append(node.name)
+            else:
+                self.reasons[node.name] = reason
 
     def _mode(self, unit: fx.Node) -> str:
         """What the user wants for *unit*."""
@@ -162,6 +170,8 @@ class Quantization:
                 insert.weight(rewriter, unit, self.scheme.weight, per_channel=self.scheme.per_channel)
         insert.activations(rewriter, placement, self.scheme.activation, groups)
         insert.dynamic(rewriter, [u for u, mode in units.items() if mode == "dynamic"], self.scheme.activation)
+        for node in [n for n in rewriter.nodes() if n.name in self.tables]:
+            embeddings.insert(rewriter, node, self.scheme.weight)
 
     def trial(self, exact: Program) -> Program:
         """A copy of *exact* with the layers quantized that ``modes`` names."""
@@ -201,9 +211,10 @@ class Quantization:
         ranges = {node.name: groups[group] for node, group in placement.quantized.items()}
         shown = pictures.collect(exact, list(self.modes), ranges, kept[0]) if kept and self.modes else {}
         layers = []
-        for name in [n for n in nodes if n in self.modes or n in self.reasons]:
+        modes = self.modes | dict.fromkeys(self.tables, "none")
+        for name in [n for n in nodes if n in modes or n in self.reasons]:
             node, snr = nodes[name], noise.get(name)
-            mode, reason = self.modes.get(name, "float"), self.reasons.get(name, "")
+            mode, reason = modes.get(name, "float"), self.reasons.get(name, "")
             label = {"none": "weight-only"}.get(mode, mode)
             given = ranges.get(node.all_input_nodes[0].name) if mode == "static" else None
             seen = shown[name].input if given and name in shown else None
@@ -225,14 +236,17 @@ class Quantization:
         names = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in worst)
         text = (
             f"insert-fake-quant lost more than cosine {self.options.cosine} allows: {'; '.join(map(str, lost))}. "
-            f"Worst layers: {names}. Try {outliers}"
-            "calibrator=mse, the passes bias-correction or ada-round after it, overrides=['<layer>=float'], on_loss=repair, or quantization-aware "
-            "training with fxopt.prepare"
+            f"Worst layers: {names}. Try {outliers}calibrator=mse, the passes bias-correction or ada-round after it, "
+            "overrides=['<layer>=float'], on_loss=repair, or quantization-aware training with fxopt.prepare"
         )
         if self.options.on_loss == "raise":
             raise VerifyError(text)
         self.rewriter.note(text)
         warnings.warn(text, stacklevel=2)
+
+
+def _is_integer(node: fx.Node) -> bool:
+    return not node.meta["val"].is_floating_point()
 
 
 def _weight_name(unit: fx.Node) -> str:
