@@ -62,11 +62,11 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_images, held, train_labels, held_labels
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 12) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 12, rate: float = 3e-3) -> None:
     """Trains in place; a few seconds on two cores."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
     steps = epochs * -(-len(images) // 64)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
@@ -75,6 +75,20 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 12) ->
             optimizer.step()
             schedule.step()
     model.eval()
+
+
+def quantized_in_training(model: nn.Module, images: Tensor, labels: Tensor) -> fxopt.PreparedModel:
+    """*model* fine-tuned for two epochs while weights and activations are rounded to int8 (QAT)."""
+    prepared = fxopt.prepare(
+        model,
+        (images[:64],),
+        dynamic_shapes=({0: "batch"},),
+        calibration=[(batch,) for batch in images[:256].split(32)],
+        backend="torch",
+    )
+    prepared.freeze_batch_norm()  # its statistics have settled
+    train(prepared, images, labels, epochs=2, rate=1e-4)
+    return prepared
 
 
 def accuracy(model: Model, images: Tensor, labels: Tensor) -> float:
@@ -121,6 +135,10 @@ def main() -> None:
     onnx_int8 = fxopt.compile(
         model, target="x86", example_inputs=example, passes="insert-fake-quant", calibration=few, backend="onnx"
     )
+    with console.status("training with the rounding in place"):
+        int8_qat = quantized_in_training(model, train_images, train_labels).compile(
+            example_inputs=example, backend="torch"
+        )
     console.print(exact.report)
 
     before, after = exact.report.bytes
@@ -129,6 +147,7 @@ def main() -> None:
         ("fxopt exact", exact, after),
         ("fxopt bf16", bf16, bf16.report.bytes[1]),
         ("fxopt int8 (PTQ)", int8, int8.report.bytes[1]),
+        ("fxopt int8 (QAT)", int8_qat, int8_qat.report.bytes[1]),
         ("ONNX", onnx, onnx.report.bytes[1]),
         ("ONNX int8 (PTQ)", onnx_int8, onnx_int8.report.bytes[1]),
     ]
