@@ -36,7 +36,9 @@ _OPSET, _BF16_OPSET = 20, 22  # 22 is the first in which Conv takes bf16
 _export_lock = threading.Lock()  # the exporter keeps its current tracer in a global
 
 
-def export(program: Program, opset: int | None = None, bounds: Mapping[int, Bound] | None = None) -> OnnxFile:
+def export(
+    program: Program, opset: int | None = None, bounds: Mapping[int, Bound] | None = None, *, explicit: bool = False
+) -> OnnxFile:
     """*program* as an ONNX file. Its graph is rewritten, and weights that are in the file leave its constants.
 
     Args:
@@ -44,6 +46,8 @@ def export(program: Program, opset: int | None = None, bounds: Mapping[int, Boun
         opset: version of the ONNX operators; None for 20, or 22 where something is bf16 and 21 where weights are
             quantized in groups.
         bounds: what integers the engine takes for an input, by its position among the flat ones.
+        explicit: write quantization as TensorRT reads it: no integers but those that are quantized, biases in float,
+            linears over all dimensions. Otherwise it is spelled as CPU engines find their kernels.
 
     Raises:
         UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
@@ -62,13 +66,14 @@ def export(program: Program, opset: int | None = None, bounds: Mapping[int, Boun
         if quantized:
             _onnx_quantized_ops.register(registry)
         onnx_graph.prepare(program, registry)
-        if quantized:
+        if quantized and not explicit:
             _onnx_int8.flatten_linears(program)
         interface = _interface(program, bounds)
         model, origins = _translate(program, registry)
         _clean(model, opset)
-        if quantized:
+        if quantized and not explicit:
             _onnx_int8.match_kernels(model)
+        if quantized:
             _onnx_quantized_ops.pack_blocks(model)
         _name(model, program)
         file = OnnxFile(model, interface, origins)

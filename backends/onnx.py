@@ -102,7 +102,7 @@ class OnnxBackend(Backend):
         here = runs_here(target)
         if here:
             _refuse_bf16(program)
-        file = export(program, self.opset)
+        file = export(program, self.opset, explicit=target.name == "cuda")
         return OnnxExecutable(file, target, self._session(file) if here else None)
 
     def _session(self, file: OnnxFile) -> Any:

@@ -141,3 +141,23 @@ def test_openvino_runs_every_convolution_in_integers() -> None:
     heavy = [precision for kind, precision in kinds if kind in ("Convolution", "FullyConnected")]
     assert len(heavy) == 4
     assert set(heavy) == {"u8"}
+
+
+def test_cuda_gets_what_tensorrt_reads(tmp_path: Path) -> None:
+    """Its rules for explicit quantization: int8, zero points of 0, weights by channel, floats for biases."""
+    model = compiled(Cnn(), torch.randn(2, 3, 16, 16), target="cuda")
+    model.save(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    made = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert constants[node.input[2]].dtype == "int8"
+            assert not constants[node.input[2]].any()
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            x, weight, *bias = node.input
+            assert made[x].op_type == made[weight].op_type == "DequantizeLinear"
+            assert constants[made[weight].input[1]].shape == (len(constants[made[weight].input[0]]),)
+            assert all(constants[name].dtype == "float32" for name in bias)
+    [add] = [node for node in graph.node if node.op_type == "Add"]
+    assert sorted(made[name].op_type for name in add.input) == ["Conv", "DequantizeLinear"]
