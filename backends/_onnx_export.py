@@ -21,7 +21,7 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backends import _onnx_graph as onnx_graph
-from fxopt.backends import _onnx_int8, _onnx_quantized_ops
+from fxopt.backends import _onnx_int8, _onnx_pads, _onnx_quantized_ops
 from fxopt.backends._onnx_bounds import Bound, index_bounds, merge
 from fxopt.backends._onnx_file import EMBEDDED, Interface, OnnxFile
 from fxopt.errors import SpecError, UnsupportedOp
@@ -37,7 +37,12 @@ _export_lock = threading.Lock()  # the exporter keeps its current tracer in a gl
 
 
 def export(
-    program: Program, opset: int | None = None, bounds: Mapping[int, Bound] | None = None, *, explicit: bool = False
+    program: Program,
+    opset: int | None = None,
+    bounds: Mapping[int, Bound] | None = None,
+    *,
+    explicit: bool = False,
+    float_biases: bool = False,
 ) -> OnnxFile:
     """*program* as an ONNX file. Its graph is rewritten, and weights that are in the file leave its constants.
 
@@ -48,6 +53,7 @@ def export(
         bounds: what integers the engine takes for an input, by its position among the flat ones.
         explicit: write quantization as TensorRT reads it: no integers but those that are quantized, biases in float,
             linears over all dimensions. Otherwise it is spelled as CPU engines find their kernels.
+        float_biases: leave the biases of quantized layers in float all the same, for an engine that adds them so.
 
     Raises:
         UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
@@ -72,9 +78,10 @@ def export(
         model, origins = _translate(program, registry)
         _clean(model, opset)
         if quantized and not explicit:
-            _onnx_int8.match_kernels(model)
+            _onnx_int8.match_kernels(model, float_biases=float_biases)
         if quantized:
             _onnx_quantized_ops.pack_blocks(model)
+        _onnx_pads.keep_apart(model)
         _name(model, program)
         file = OnnxFile(model, interface, origins)
         _release(model, program)

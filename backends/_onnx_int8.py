@@ -59,11 +59,12 @@ def _is_static(x: fx.Node) -> bool:
     return dequantized and not isinstance(x.args[1], fx.Node)
 
 
-def match_kernels(model: onnx_ir.Model) -> None:
+def match_kernels(model: onnx_ir.Model, *, float_biases: bool) -> None:
     """Quantize the biases of integer convolutions and Gemms, and spell pooling over whole images as such."""
     for node in list(model.graph):
         if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2:
-            _quantize_bias(model, node)
+            if not float_biases:
+                _quantize_bias(model, node)
         elif node.op_type == "ReduceMean":
             _pool(model, node)
 

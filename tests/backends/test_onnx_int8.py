@@ -143,6 +143,17 @@ def test_openvino_runs_every_convolution_in_integers() -> None:
     assert set(heavy) == {"u8"}
 
 
+def test_biases_are_integers_where_the_kernel_adds_them_so(tmp_path: Path) -> None:
+    model, x = Cnn(), torch.randn(2, 3, 32, 32)
+    found = {}
+    for backend in ("onnx", "openvino"):
+        compiled(model, x, backend=backend).save(tmp_path / f"{backend}.onnx")
+        stored = onnx.load(tmp_path / f"{backend}.onnx").graph.initializer
+        found[backend] = [one.name for one in stored if one.data_type == onnx.TensorProto.INT32]
+    assert len(found["onnx"]) == 4
+    assert not found["openvino"]
+
+
 def test_cuda_gets_what_tensorrt_reads(tmp_path: Path) -> None:
     """Its rules for explicit quantization: int8, zero points of 0, weights by channel, floats for biases."""
     model = compiled(Cnn(), torch.randn(2, 3, 16, 16), target="cuda")
