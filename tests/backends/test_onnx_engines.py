@@ -114,3 +114,13 @@ def test_an_index_out_of_range_is_an_error_as_in_eager(
     for wrong in (lowest - 1, 5):
         with pytest.raises(InputError, match=rf"holds {wrong}, but .* at .*\.py:\d+ takes {taken}"):
             compiled(torch.tensor([wrong, 1]))
+
+
+@ENGINES
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_zeros_around_a_max_pool_take_part_in_it(backend: str, dims: int) -> None:
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
+    model = Function(lambda x: pool(F.pad(x, (1, 1) * dims), 3, 2))
+    x = torch.rand(1, 3, *[8] * dims, generator=torch.Generator().manual_seed(0))
+    compiled = fxopt.compile(model, example_inputs=(x,), backend=backend)
+    torch.testing.assert_close(compiled(-x - 0.5), model(-x - 0.5))
