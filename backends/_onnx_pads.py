@@ -2,8 +2,8 @@
 
     MaxPool(Pad(x))   →   MaxPool(Pad(x, axes=all))
 
-onnxruntime merges a Pad of zeros into the pool that reads it, whose own padding is −∞: negative inputs then pool to other
-values. It leaves a Pad that names its axes alone. Convolutions, for which zeros are right, keep theirs mergeable.
+onnxruntime merges a Pad of zeros into the pool that reads it, whose own padding is −∞: negative inputs then pool to
+other values. It leaves a Pad that names its axes alone. Convolutions, for which zeros are right, keep theirs mergeable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def keep_apart(model: onnx_ir.Model) -> None:
         if len(node.inputs) > 3 or x is None or x.shape is None:
             continue
         axes = ir.tensor(np.arange(len(x.shape)), name=f"{node.outputs[0].name}_axes")
-        value = ir.Value(name=axes.name, type=ir.TensorType(axes.dtype), shape=axes.shape, const_value=axes)
+        value = ir.Value(name=axes.name, type=ir.TensorType(axes.dtype), shape=ir.Shape(axes.shape), const_value=axes)
         model.graph.register_initializer(value)
         node.resize_inputs(4)
         node.replace_input_with(3, value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import importlib.util
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -118,10 +119,14 @@ class Backend(abc.ABC):
         """An instance with *options* set.
 
         Raises:
-            SpecError: the backend has no such option.
+            SpecError: the backend has no such option, or it takes no such value.
         """
+        from fxopt import spec
+
+        hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
-        for name in options:
+        for name, value in options.items():
             if name not in known:
                 raise SpecError(f"backend {cls.name!r} has no option {name!r}.{near_miss(name, known)}")
+            spec.fit(value, hints[name], f"backend {cls.name!r}, option {name!r}")
         return cls(**options)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt import structures
 from fxopt.backend import Executable
-from fxopt.errors import FxoptError, InputError
+from fxopt.errors import ArtifactError, FxoptError, InputError
 from fxopt.memory import layout
 from fxopt.program import Program
 from fxopt.report import Report
@@ -146,8 +146,10 @@ class CompiledModel:
         """Write the compiled model in the format that the suffix names, e.g. ``model.onnx``.
 
         Raises:
-            ArtifactError: the backend cannot write this format.
+            ArtifactError: the backend cannot write this format, or *path* is no path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ArtifactError(f"save() wants the path of a file, such as 'model.onnx', not {path!r:.80}")
         self._current("save()").executable.save(Path(path))
 
     def __repr__(self) -> str:

@@ -156,6 +156,10 @@ class Plan:
             raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
         if isinstance(model, ExportedProgram) and shapes is not None:
             raise InputError("an ExportedProgram has its dynamic sizes already: give dynamic_shapes to torch.export")
+        if options is not None and not isinstance(options, Mapping):
+            raise InputError(f"backend_options must map option names to values, not {options!r:.80}")
+        if not isinstance(verify, bool):
+            raise InputError(f"verify must be True or False, not {verify!r:.80}")
         where = resolve_target(target)
         listed = [] if passes is None else spec.resolve(passes, registry.find_pass)
         pipeline = full_pipeline(listed, registry.find_pass)

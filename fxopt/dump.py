@@ -61,6 +61,8 @@ def prepare(folder: str | os.PathLike[str], engines: Iterable[str]) -> None:
     Raises:
         InputError: the folder cannot be made or written.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise InputError(f"dump must be a folder, not {folder!r:.80}")
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ Dim: TypeAlias = int | sympy.Expr
 
 # The highest size of a dimension without a limit.
 UNLIMITED = 2**63 - 1
+_STRIDED = torch.strided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,13 @@ class Signature:
         quick: list[tuple[torch.Size, torch.dtype]] | None = self._quick  # type: ignore[attr-defined]
         if quick is not None and not kwargs and len(args) == len(quick):
             for x, (shape, dtype) in zip(args, quick, strict=True):
-                if type(x) is not torch.Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+                if (
+                    type(x) is not torch.Tensor
+                    or x.shape != shape
+                    or x.dtype is not dtype
+                    or not x.is_cpu
+                    or x.layout is not _STRIDED
+                ):
                     break
             else:
                 return list(args)
@@ -257,6 +264,8 @@ def _mismatch(leaf: Leaf, x: object) -> str | None:
         return None if same else f"is {x!r}, expected {leaf.value!r}"
     if not isinstance(x, torch.Tensor):
         return f"is {type(x).__name__}, expected a tensor"
+    if x.layout is not torch.strided:
+        return f"has layout {x.layout}, expected a dense tensor: pass x.to_dense()"
     if x.dtype != leaf.dtype:
         return f"has dtype {x.dtype}, expected {leaf.dtype}"
     if x.device.type != leaf.device:

@@ -69,7 +69,7 @@ def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
     for key, value in options.items():
         if key not in fields:
             raise SpecError(f"{cls.name} has no option {key!r}.{near_miss(key, fields)}")
-        values[key] = _fit(value, hints[key], f"{cls.name}{{{key}=...}}")
+        values[key] = fit(value, hints[key], f"{cls.name}{{{key}=...}}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -178,7 +178,7 @@ class _Parser:
         return items
 
 
-def _fit(value: Any, hint: Any, where: str) -> Any:
+def fit(value: Any, hint: Any, where: str) -> Any:
     """*value* if it is of the type *hint* (an int serves as a float); SpecError otherwise."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -190,12 +190,12 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         for choice in args:
             try:
-                return _fit(value, choice, where)
+                return fit(value, choice, where)
             except SpecError:
                 continue
     elif origin is tuple and isinstance(value, (tuple, list)):
         inner = args[0] if args else Any
-        return tuple(_fit(v, inner, where) for v in value)
+        return tuple(fit(v, inner, where) for v in value)
     elif hint is Any or (hint is type(None) and value is None) or _is_instance(value, hint):
         return value
     elif hint is float and type(value) is int:

@@ -47,6 +47,10 @@ BAD: list[tuple[dict[str, Any], type[fxopt.FxoptError], str]] = [
     ({"backend_options": {"inductr": True}}, fxopt.SpecError, "no option 'inductr'. Did you mean 'inductor'"),
     ({"backend": "auto", "backend_options": {"a": 1}}, fxopt.InputError, "backend_options go with a backend name"),
     ({"backend": TorchBackend(), "backend_options": {"inductor": True}}, fxopt.InputError, "go with a backend name"),
+    ({"backend_options": [1]}, fxopt.InputError, "backend_options must map option names to values"),
+    ({"backend_options": {"inductor": "yes"}}, fxopt.SpecError, "option 'inductor': 'yes' is not of type bool"),
+    ({"dump": 3}, fxopt.InputError, "dump must be a folder, not 3"),
+    ({"verify": "no"}, fxopt.InputError, "verify must be True or False"),
     ({"calibration": []}, fxopt.InputError, "calibration is empty"),
     ({"calibration": iter(())}, fxopt.InputError, "calibration is empty"),
     ({"calibration": 3}, fxopt.InputError, "calibration must be an iterable of input tuples, not int"),
@@ -68,6 +72,17 @@ def test_a_bad_argument_has_one_clear_error(options: dict[str, Any], kind: type[
     with pytest.raises(kind, match=message) as caught:
         compiled(**options)
     assert "\n\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_sparse_input_of_a_call_is_refused(backend: str) -> None:
+    with pytest.raises(fxopt.InputError, match="layout torch.sparse_coo, expected a dense tensor"):
+        compiled(backend=backend)(X.to_sparse())
+
+
+def test_a_file_has_a_path() -> None:
+    with pytest.raises(fxopt.ArtifactError, match="wants the path of a file"):
+        compiled().save(3)  # type: ignore[arg-type]
 
 
 def test_an_exported_program_with_dynamic_shapes_is_refused() -> None:

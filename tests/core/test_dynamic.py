@@ -255,3 +255,15 @@ def test_a_name_that_is_no_identifier_is_refused() -> None:
 def test_a_number_among_the_inputs_cannot_be_kept_open(dim: Any) -> None:
     with pytest.raises(fxopt.InputError, match="dynamic_shapes keeps the number 'args_1' open"):
         capture(Model(lambda m, x, n: x * n), (torch.ones(2), 5), None, (({}, dim),))
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_an_lstm_takes_any_batch(backend: str) -> None:
+    """Its kernel asks for sizes as numbers, so its shapes cannot be propagated anew."""
+    model = nn.LSTM(4, 6, batch_first=True).eval()
+    shapes = ({0: "b"},)
+    result = fxopt.compile(model, example_inputs=(torch.randn(2, 5, 4),), dynamic_shapes=shapes, backend=backend)
+    for rows in (1, 2, 7):
+        x = torch.randn(rows, 5, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(result(x), model(x), atol=1e-5, rtol=1e-5)
