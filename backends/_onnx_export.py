@@ -115,7 +115,7 @@ def _refuse(program: Program) -> None:
         if tensor.layout is not torch.strided:
             raise UnsupportedOp(f"{name!r} is a {tensor.layout} tensor, which ONNX does not know: use backend='torch'")
     for node in onnx_graph.all_nodes(program):
-        if ops.is_random(node):
+        if ops.is_random(node) and ops.packet(node) not in onnx_graph.UNWRITTEN:
             raise UnsupportedOp(f"{onnx_graph.located(node)} draws random numbers, which torch.manual_seed must govern")
     if not any(isinstance(result, fx.Node) for result in program.output.args[0]):  # type: ignore[union-attr]
         raise UnsupportedOp("the model returns no tensor, so there is nothing for an ONNX session to compute")

@@ -3,6 +3,7 @@
     fxopt.conv2d(x, w, b, r, ..., "relu")   →   relu(conv2d(x, w, b, ...) + r)       engines fuse it their own way
     batch_norm(x, ...)                      →   _native_batch_norm_legit_no_training(x, ...)[0]
     an op without an ONNX translation       →   the ops it is made of
+    an op whose translation is not accurate →   a formula of _onnx_stable
     a check (_assert_tensor_metadata, ...)  →   nothing
 
 ``torch.onnx.export`` re-traces the whole model for this. Here only the nodes that need it are touched, which takes a
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,15 +34,22 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from fxopt import ops
-from fxopt.backends import _onnx_quantized_ops
+from fxopt.backends import _onnx_quantized_ops, _onnx_stable
+from fxopt.backends._onnx_decompose import decompose, is_translated
 from fxopt.errors import UnsupportedOp
 from fxopt.program import Program, source_line
-from fxopt.rewriter import Rewriter, fake_mode
+from fxopt.rewriter import Rewriter
 
 if TYPE_CHECKING:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 aten = torch.ops.aten
+# Memory that holds anything until it is written to: zeros are as good, and there is nothing else in ONNX.
+UNWRITTEN = {
+    "empty": aten.zeros.default,
+    "new_empty": aten.new_zeros.default,
+    "empty_like": aten.zeros_like.default,
+}
 _SHOWN = 5  # so many unsupported nodes are listed in an error
 
 
@@ -92,7 +100,7 @@ def prepare(program: Program, registry: ONNXRegistry) -> None:
 
 def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
     """Rewrite one graph; returns the nodes that have no translation."""
-    rewriter = Rewriter(program)
+    rewriter, refused = Rewriter(program), list[fx.Node]()
     for node in rewriter.nodes():
         if ops.kind(node) == "assert":
             program.graph.erase_node(node)
@@ -105,11 +113,15 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
             node.args, node.kwargs = (a["self"], list(range(a["self"].meta["val"].dim())), a["keepdim"]), {}
         elif node.target is aten.batch_norm.default and not ops.arguments(node)["training"]:
             rewriter.replace(node, _inference_norm(rewriter, node))
-        elif isinstance(node.target, torch._ops.OpOverload) and not registry.is_registered(node.target):
-            _decompose(rewriter, node, registry)
+        elif ops.namespace(node) == "aten" and ops.packet(node) in UNWRITTEN:
+            _zeros(rewriter, node)
+        elif node.target is aten.sym_numel.default:
+            _product_of_sizes(rewriter, node)
+        elif not decompose(rewriter, node, registry):
+            refused.append(node)
     _onnx_quantized_ops.fuse_dynamic(program)
     program.remove_dead()
-    return [node for node in program.graph.nodes if not _is_translated(node, registry)]
+    return [node for node in program.graph.nodes if node in refused or not is_translated(node, registry)]
 
 
 def _unfused(rewriter: Rewriter, node: fx.Node) -> fx.Node:
@@ -164,6 +176,20 @@ def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
     rewriter.replace(node, call(aten.matmul.default, weights, value))
 
 
+def _zeros(rewriter: Rewriter, node: fx.Node) -> None:
+    a, dtype = ops.arguments(node), {"dtype": node.meta["val"].dtype}
+    sizes = [a["self"]] if "self" in a else []
+    sizes += [a["size"]] if "size" in a else []
+    rewriter.replace(node, rewriter.call(UNWRITTEN[ops.packet(node)], sizes, dtype, before=node))
+
+
+def _product_of_sizes(rewriter: Rewriter, node: fx.Node) -> None:
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    sizes = [rewriter.call(aten.sym_size.int, (x, axis), before=node) for axis in range(x.meta["val"].dim())]
+    rewriter.replace(node, functools.reduce(lambda a, b: rewriter.call(operator.mul, (a, b), before=node), sizes))
+
+
 def _inference_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     a = ops.arguments(node)
     keys = ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
@@ -172,75 +198,14 @@ def _inference_norm(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     return rewriter.call(operator.getitem, (whole, 0), before=node)
 
 
-def _decompose(rewriter: Rewriter, node: fx.Node, registry: ONNXRegistry) -> None:
-    """Put the ops that *node* is made of in its place; it stays as it is where that does not help."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    flat, tree = pytree.tree_flatten((node.args, node.kwargs))
-    inputs = [x for x in flat if isinstance(x, fx.Node)]
-
-    def call(*values: Any) -> Any:
-        feed = iter(values)
-        args, kwargs = pytree.tree_unflatten([next(feed) if isinstance(x, fx.Node) else x for x in flat], tree)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-    try:
-        with fake_mode(rewriter.program), torch.no_grad():
-            # ONNX tensors have no strides: a decomposition that asks for them is to see plain contiguous ones.
-            values = [_contiguous(x.meta["val"]) for x in inputs]
-            body = make_fx(call, decomposition_table=dict(_decompositions(registry)))(*values)
-    except Exception:  # noqa: BLE001 - whatever it is, the node is reported as unsupported with its source line
-        return
-    if not all(_is_translated(inner, registry) for inner in body.graph.nodes):
-        return
-    made: dict[fx.Node, fx.Node] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    for inner in body.graph.nodes:
-        if inner.op == "get_attr":
-            made[inner] = rewriter.constant(f"{node.name}_{inner.target}", getattr(body, str(inner.target)))
-        elif inner.op == "call_function":
-            args, kwargs = fx.node.map_arg((inner.args, inner.kwargs), made.__getitem__)
-            made[inner] = rewriter.call(inner.target, args, kwargs, before=node)
-    _substitute(rewriter, node, fx.node.map_arg(body.graph.output_node().args[0], made.__getitem__))
-
-
-def _contiguous(value: Any) -> Any:
-    same = torch.contiguous_format
-    return torch.empty_like(value, memory_format=same) if isinstance(value, torch.Tensor) else value
-
-
-def _substitute(rewriter: Rewriter, node: fx.Node, result: Any) -> None:
-    """Let users of *node* read *result*: a node, or one for each of its outputs."""
-    if isinstance(result, fx.Node):
-        rewriter.replace(node, result)
-        return
-    for item in list(node.users):
-        rewriter.replace(item, result[item.args[1]])
-    rewriter.erase(node)
-
-
-def _is_translated(node: fx.Node, registry: ONNXRegistry) -> bool:
-    from torch.onnx._internal.exporter._dispatching import dispatch
-
-    if node.op != "call_function" or node.target is operator.getitem:
-        return True
-    return dispatch(node, registry)[0] is not None
-
-
 @functools.lru_cache(maxsize=2)
 def registry_for(opset: int) -> ONNXRegistry:
     """The exporter's table of translations. Building it takes half a second, once."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    return ONNXRegistry.from_torchlib(opset_version=opset)
-
-
-@functools.lru_cache(maxsize=2)
-def _decompositions(registry: ONNXRegistry) -> Mapping[Any, Callable[..., Any]]:
-    from torch.onnx._internal.exporter import _decomp
-
-    translated = set(_decomp.get_onnx_implemented_overloads(registry))
-    return _decomp.create_onnx_friendly_decomposition_table(translated)
+    registry = ONNXRegistry.from_torchlib(opset_version=opset)
+    _onnx_stable.register(registry)
+    return registry
 
 
 def exported_program(program: Program) -> ExportedProgram:
