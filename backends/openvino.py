@@ -120,10 +120,12 @@ class OpenVinoBackend(Backend):
             raise UnsupportedOp(f"OpenVINO cannot run this model: {file.explain(error)}") from error
 
 
-# Shifts by more bits than there are, or of negative numbers; resizing with antialiasing.
+# Shifts by more bits than there are, or of negative numbers; resizing with antialiasing; Fourier transforms that are
+# one-sided, inverse or of several dimensions.
 _OTHERWISE = frozenset(
-    "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa".split()
+    "bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "_fft_r2c _fft_c2c _fft_c2r fft_rfft fft_rfft2 fft_rfftn fft_irfft fft_irfft2 fft_irfftn fft_ifft fft_fft2 "
+    "fft_fftn fft_ifft2 fft_ifftn fft_hfft fft_hfft2 fft_hfftn fft_ihfft fft_ihfft2 fft_ihfftn".split()
 )
 
 
@@ -133,12 +135,16 @@ def _refuse(program: Program) -> None:
         if leaf.dtype in (_LOW, torch.complex64, torch.complex128):
             raise UnsupportedOp(f"{leaf.name!r} is {leaf.dtype}, which cannot be passed to OpenVINO from Python")
     for node in all_nodes(program):
-        if ops.packet(node) in _OTHERWISE:
+        if ops.packet(node) in _OTHERWISE or (ops.packet(node) == "fft_fft" and _is_complex(node.args[0])):
             raise UnsupportedOp(f"OpenVINO computes {located(node)} otherwise than PyTorch: use another backend")
         if of_dtype(node, torch.float64):
             raise UnsupportedOp(f"OpenVINO computes float64 in float32: {located(node)}")
         if of_dtype(node, _LOW) and node.graph is not program.graph:
             raise UnsupportedOp(f"OpenVINO is given bf16 as fp32, which branches are not: {located(node)}")
+
+
+def _is_complex(node: Any) -> bool:
+    return isinstance(node, fx.Node) and bool(node.meta["val"].is_complex())
 
 
 def _computes_low(program: Program) -> bool:
