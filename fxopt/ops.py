@@ -170,6 +170,15 @@ def arguments(node: Node) -> dict[str, Any]:
     return bound
 
 
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Give the op call another value for the argument with this schema name; one that it does not have is let be."""
+    for i, (known, _, kwarg_only) in enumerate(_parameters(node.target)):
+        if known == name and i < len(node.args) and not kwarg_only:
+            node.update_arg(i, value)
+        elif known == name:
+            node.update_kwarg(name, value)
+
+
 def is_pointwise(node: Node) -> bool:
     """Whether ATen tags the op as pointwise."""
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -12,6 +12,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxopt import ops
 from fxopt.errors import PassError
 from fxopt.program import Program, source_line
 
@@ -143,6 +144,27 @@ class Rewriter:
         user.replace_input_with(old, new)
         self.edits += 1
         self.erase(old)
+
+    def resize(self, constants: Mapping[str, torch.Tensor], arguments: Mapping[fx.Node, Mapping[str, Any]]) -> None:
+        """Give constants other shapes and calls other arguments, all at once; every value is inferred anew.
+
+        Raises:
+            PassError: a call does not fit its arguments any more.
+        """
+        self.program.constants.update(constants)
+        for node, changed in arguments.items():
+            for name, value in changed.items():
+                ops.set_argument(node, name, value)
+        self.edits += len(constants) + len(arguments)
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr" and str(node.target) in constants:
+                value = self.program.constants[str(node.target)]
+                node.meta["val"] = self._mode.from_tensor(value.detach(), static_shapes=True)
+            elif node.op == "call_function" and "val" in node.meta:
+                try:
+                    node.meta["val"] = infer(node, self._mode)
+                except Exception as error:
+                    raise PassError(f"{node.name} does not fit the new sizes: {error}") from error
 
     def erase(self, node: fx.Node) -> None:
         """Erase *node* if nobody uses it, then its inputs likewise. Inputs of the model and constants stay."""

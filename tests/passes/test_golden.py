@@ -166,6 +166,7 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("bias-correction", positive),
     ("ada-round", positive),
     ("gptq", mlp),
+    ("prune-channels", residual),
 ]
 
 # Options that a case needs, passes that stand before, and what looks at data.

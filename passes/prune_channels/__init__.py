@@ -1,0 +1,116 @@
+"""Remove channels, and whatever belongs to them, from a graph that nobody has prepared for it. Lossy.
+
+    conv1 → bn → relu → conv2     fewer filters in conv1, fewer statistics in bn, fewer input channels in conv2
+
+``dims`` is the language: axes as expressions over atoms. ``coupling`` walks the graph once, and the ``rules`` of its
+ops say what has to shrink together; the atoms that are left are the ``groups``. ``criteria`` score the channels of each,
+a ``plan`` says which stay, ``surgery`` cuts parameters and sizes and compares every shape with the plan.
+
+What remains computes what the dense model does with the removed channels set to zero behind norm and activation,
+except where a norm or mean goes over channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from typing import ClassVar, Literal
+
+from fxopt import cost
+from fxopt.errors import SpecError
+from fxopt.passbase import Pass, PassContext
+from fxopt.passes.prune_channels import criteria, surgery
+from fxopt.passes.prune_channels.coupling import groups_of
+from fxopt.passes.prune_channels.groups import Group, Groups, find_groups, nested
+from fxopt.passes.prune_channels.plan import PruningPlan, choose
+from fxopt.rewriter import Rewriter
+
+__all__ = ["PruneChannels", "PruningPlan", "find_groups"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Prune channels of convs and linears, attention heads and FFN widths.
+
+    Attributes:
+        ratio: share of channels to remove, of each group or of all.
+        criterion: how channels are ranked; see ``criteria``.
+        scope: "group" removes *ratio* of each group; "global" ranks the channels of all groups together.
+        multiple: channels that stay are a multiple of it, where a group has that many.
+        keep: shell patterns; groups with a parameter whose name fits stay whole.
+        nested: of channels within channels, such as those of a head within heads, which go: the "outer" ones, the
+            "inner" ones, or "both".
+        seed: for ``criterion=random``.
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    exact: ClassVar[bool] = False
+    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "common-subexpressions", "fold-constants")
+    runs_before: ClassVar[tuple[str, ...]] = (
+        "fuse-conv-bn-relu",
+        "merge-linears",
+        "cross-layer-equalization",
+        "smooth-quant",
+        "insert-fake-quant",
+        "cast-precision",
+    )
+    ratio: float = 0.5
+    criterion: Literal["l1", "l2", "bn-scale", "fpgm", "random"] = "l1"
+    scope: Literal["group", "global"] = "group"
+    multiple: int = 1
+    keep: tuple[str, ...] = ()
+    nested: Literal["outer", "inner", "both"] = "outer"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise SpecError(f"prune-channels: ratio must be at least 0 and below 1, not {self.ratio}")
+        if self.multiple < 1:
+            raise SpecError(f"prune-channels: multiple must be at least 1, not {self.multiple}")
+
+    def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        """Find groups, choose, cut.
+
+        Raises:
+            PassError: a shape does not come out as planned.
+        """
+        groups = find_groups(rewriter.program)
+        before = cost.macs(rewriter.program), rewriter.program.numel()
+        chosen = self._candidates(groups)
+        constants = rewriter.program.tensors()
+        plan = choose(
+            chosen,
+            lambda group: criteria.scores(group, constants, self.criterion, self.seed),
+            self.ratio,
+            self.multiple,
+            together=self.scope == "global",
+        )
+        if plan.groups:
+            surgery.cut(rewriter, groups.coupling, plan.resolve(groups))
+        rewriter.details["pruning"] = plan
+        rewriter.details["groups"] = groups
+        after = cost.macs(rewriter.program), rewriter.program.numel()
+        rewriter.note(
+            f"{len(plan.groups)} of {len(groups.all)} groups: MACs × {after[0] / max(1, before[0]):.3f}, "
+            f"parameters × {after[1] / max(1, before[1]):.3f}"
+        )
+
+    def _candidates(self, groups: Groups) -> list[Group]:
+        around = nested(groups.prunable)
+        inside = {atom for atom, outer in around.items() if outer}
+        outside = {one for outer in around.values() for one in outer}
+        done = {
+            str(n.target): n.meta.get(surgery.CUT, ()) for n in groups.coupling.program.graph.find_nodes(op="get_attr")
+        }
+        found = []
+        for group in groups.prunable:
+            if any(member.axis in done[member.constant] for member in group.members):
+                continue
+            if self.nested == "outer" and group.atom in inside:
+                continue
+            if self.nested == "inner" and group.atom in outside:
+                continue
+            if any(fnmatch.fnmatchcase(name, pattern) for name in groups_of(group.members) for pattern in self.keep):
+                continue
+            found.append(group)
+        return found
