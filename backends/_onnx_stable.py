@@ -37,9 +37,11 @@ _library = torch.library.Library("fxopt", "FRAGMENT")
 _library.define("integer_divide(Tensor a, Tensor b) -> Tensor")
 
 
-@torch.library.impl(_library, "integer_divide", "Meta")
 def _quotient_shape(a: Tensor, b: Tensor) -> Tensor:
-    return a * b
+    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
+
+
+torch.library.register_fake("fxopt::integer_divide", _quotient_shape, lib=_library)
 
 
 def _integer_divide(a: Any, b: Any) -> Any:
@@ -145,10 +147,11 @@ def fmod(a: Tensor, b: Any) -> Any:
 
 
 def remainder(a: Any, b: Any) -> Any:
-    """The remainder with the sign of *b*; of integers left to the exporter."""
+    """The remainder with the sign of *b*; of integers left to the exporter, which knows no dynamic size as *b*."""
+    size = isinstance(b, torch.SymInt)
     a, b = _alike(a, b)
     if not a.is_floating_point():
-        return NotImplemented
+        return aten.remainder.Tensor(a, b) if size else NotImplemented
     rest = _fmod(a, b)
     other = torch.logical_and(rest != 0, torch.logical_xor(rest < 0, b < 0))
     return torch.where(other, rest + b, rest)
