@@ -3,8 +3,8 @@
     conv1 → bn → relu → conv2     fewer filters in conv1, fewer statistics in bn, fewer input channels in conv2
 
 ``dims`` is the language: axes as expressions over atoms. ``coupling`` walks the graph once, and the ``rules`` of its
-ops say what has to shrink together; the atoms that are left are the ``groups``. ``criteria`` score the channels of each,
-a ``plan`` says which stay, ``surgery`` cuts parameters and sizes and compares every shape with the plan.
+ops say what has to shrink together; the atoms that are left are the ``groups``. ``criteria`` score the channels, a
+``plan`` says which stay, ``surgery`` cuts parameters and sizes and compares every shape with the plan.
 
 What remains computes what the dense model does with the removed channels set to zero behind norm and activation,
 except where a norm or mean goes over channels.
@@ -99,9 +99,8 @@ class PruneChannels(Pass):
         around = nested(groups.prunable)
         inside = {atom for atom, outer in around.items() if outer}
         outside = {one for outer in around.values() for one in outer}
-        done = {
-            str(n.target): n.meta.get(surgery.CUT, ()) for n in groups.coupling.program.graph.find_nodes(op="get_attr")
-        }
+        parameters = groups.coupling.program.graph.find_nodes(op="get_attr")
+        done = {str(node.target): node.meta.get(surgery.CUT, ()) for node in parameters}
         found = []
         for group in groups.prunable:
             if any(member.axis in done[member.constant] for member in group.members):

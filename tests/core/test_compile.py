@@ -76,7 +76,7 @@ def test_a_bad_argument_has_one_clear_error(options: dict[str, Any], kind: type[
 
 @pytest.mark.parametrize("backend", ["torch", "onnx"])
 def test_a_sparse_input_of_a_call_is_refused(backend: str) -> None:
-    with pytest.raises(fxopt.InputError, match="layout torch.sparse_coo, expected a dense tensor"):
+    with pytest.raises(fxopt.InputError, match=r"layout torch.sparse_coo, expected a dense tensor"):
         compiled(backend=backend)(X.to_sparse())
 
 

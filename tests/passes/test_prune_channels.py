@@ -136,7 +136,7 @@ MODELS: dict[str, Any] = {
         IMAGE,
     ),
     "flattened image": (
-        lambda: chain(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 12), nn.ReLU(), nn.Linear(12, 3)),
+        lambda: chain(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 12), nn.ReLU(), nn.Linear(12, 3)),
         IMAGE,
     ),
     "einsum": (
@@ -231,7 +231,7 @@ def test_a_plan_can_be_saved_and_carried_out_again() -> None:
 
 def test_unknown_ops_freeze_what_they_read() -> None:
     model = Model(lambda m, x: m.b(m.a(x).sort(1).values), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 4, 1))
-    program, record = pruned(model)
+    _, record = pruned(model)
     assert record.edits == 0
     assert "cannot be followed" in str(record.details["groups"])
 
