@@ -26,7 +26,9 @@ def keep_apart(model: onnx_ir.Model) -> None:
         if len(node.inputs) > 3 or x is None or x.shape is None:
             continue
         axes = ir.tensor(np.arange(len(x.shape)), name=f"{node.outputs[0].name}_axes")
-        value = ir.Value(name=axes.name, type=ir.TensorType(axes.dtype), shape=ir.Shape([len(x.shape)]), const_value=axes)
+        value = ir.Value(
+            name=axes.name, type=ir.TensorType(axes.dtype), shape=ir.Shape([len(x.shape)]), const_value=axes
+        )
         model.graph.register_initializer(value)
         node.resize_inputs(4)
         node.replace_input_with(3, value)

@@ -125,8 +125,10 @@ class Backend(abc.ABC):
 
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
-        for name, value in options.items():
+        for name in options:
             if name not in known:
                 raise SpecError(f"backend {cls.name!r} has no option {name!r}.{near_miss(name, known)}")
+        made = cls(**options)  # says by itself what it wants, where it does
+        for name, value in options.items():
             spec.fit(value, hints[name], f"backend {cls.name!r}, option {name!r}")
-        return cls(**options)
+        return made
