@@ -16,10 +16,9 @@ import dataclasses
 import fnmatch
 from typing import ClassVar, Literal
 
-from fxopt import cost
 from fxopt.errors import SpecError
 from fxopt.passbase import Pass, PassContext
-from fxopt.passes.prune_channels import criteria, surgery
+from fxopt.passes.prune_channels import budget, criteria, surgery
 from fxopt.passes.prune_channels.coupling import groups_of
 from fxopt.passes.prune_channels.groups import Group, Groups, find_groups, nested
 from fxopt.passes.prune_channels.plan import PruningPlan, choose
@@ -34,6 +33,7 @@ class PruneChannels(Pass):
 
     Attributes:
         ratio: share of channels to remove, of each group or of all.
+        macs: share of the multiply-accumulates to keep; *ratio* is then found. Likewise ``params``, for parameters.
         criterion: how channels are ranked; see ``criteria``.
         scope: "group" removes *ratio* of each group; "global" ranks the channels of all groups together.
         multiple: channels that stay are a multiple of it, where a group has that many.
@@ -55,6 +55,8 @@ class PruneChannels(Pass):
         "cast-precision",
     )
     ratio: float = 0.5
+    macs: float | None = None
+    params: float | None = None
     criterion: Literal["l1", "l2", "bn-scale", "fpgm", "random"] = "l1"
     scope: Literal["group", "global"] = "group"
     multiple: int = 1
@@ -65,6 +67,12 @@ class PruneChannels(Pass):
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
             raise SpecError(f"prune-channels: ratio must be at least 0 and below 1, not {self.ratio}")
+        if self.macs is not None and self.params is not None:
+            raise SpecError("prune-channels: give a budget of macs or of params, not both")
+        for name in ("macs", "params"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SpecError(f"prune-channels: {name} is the share to keep, above 0 and at most 1, not {value}")
         if self.multiple < 1:
             raise SpecError(f"prune-channels: multiple must be at least 1, not {self.multiple}")
 
@@ -72,28 +80,39 @@ class PruneChannels(Pass):
         """Find groups, choose, cut.
 
         Raises:
-            PassError: a shape does not come out as planned.
+            PassError: a shape does not come out as planned. PreconditionError: a budget cannot be reached.
         """
         groups = find_groups(rewriter.program)
-        before = cost.macs(rewriter.program), rewriter.program.numel()
-        chosen = self._candidates(groups)
-        constants = rewriter.program.tensors()
-        plan = choose(
-            chosen,
-            lambda group: criteria.scores(group, constants, self.criterion, self.seed),
-            self.ratio,
-            self.multiple,
-            together=self.scope == "global",
-        )
+        dense = budget.macs(groups.coupling, {}), budget.parameters(groups.coupling, {})
+        plan = self._plan(rewriter, groups, dense)
+        indices = plan.resolve(groups)
+        small = budget.macs(groups.coupling, indices), budget.parameters(groups.coupling, indices)
         if plan.groups:
-            surgery.cut(rewriter, groups.coupling, plan.resolve(groups))
+            surgery.cut(rewriter, groups.coupling, indices)
         rewriter.details["pruning"] = plan
         rewriter.details["groups"] = groups
-        after = cost.macs(rewriter.program), rewriter.program.numel()
         rewriter.note(
-            f"{len(plan.groups)} of {len(groups.all)} groups: MACs × {after[0] / max(1, before[0]):.3f}, "
-            f"parameters × {after[1] / max(1, before[1]):.3f}"
+            f"{len(plan.groups)} of {len(groups.all)} groups: MACs × {small[0] / max(1, dense[0]):.3f}, "
+            f"parameters × {small[1] / max(1, dense[1]):.3f}"
         )
+
+    def _plan(self, rewriter: Rewriter, groups: Groups, dense: tuple[int, int]) -> PruningPlan:
+        chosen, constants = self._candidates(groups), rewriter.program.tensors()
+        scored = {group.name: criteria.scores(group, constants, self.criterion, self.seed) for group in chosen}
+
+        def plan(ratio: float) -> PruningPlan:
+            return choose(chosen, scored, ratio, self.multiple, together=self.scope == "global")
+
+        again = any(surgery.CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr"))
+        if again and (self.macs is not None or self.params is not None):
+            return PruningPlan(())  # the budget is a share of the dense model, and has been reached
+        if self.macs is not None:
+            share = lambda r: budget.macs(groups.coupling, plan(r).resolve(groups)) / max(1, dense[0])  # noqa: E731
+            return plan(budget.solve(self.macs, share, "macs"))
+        if self.params is not None:
+            share = lambda r: budget.parameters(groups.coupling, plan(r).resolve(groups)) / max(1, dense[1])  # noqa: E731
+            return plan(budget.solve(self.params, share, "params"))
+        return plan(self.ratio)
 
     def _candidates(self, groups: Groups) -> list[Group]:
         around = nested(groups.prunable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 
@@ -82,10 +82,12 @@ class PruningPlan:
 
 
 def choose(
-    groups: list[Group], score: Callable[[Group], torch.Tensor], ratio: float, multiple: int, *, together: bool
+    groups: list[Group], scored: Mapping[str, torch.Tensor], ratio: float, multiple: int, *, together: bool
 ) -> PruningPlan:
-    """Remove *ratio* of the channels, the least important first: of each group, or of all *together*."""
-    scored = {group.name: score(group) for group in groups}
+    """Remove *ratio* of the channels, the least important first: of each group, or of all *together*.
+
+    *scored* has the importance of each channel, by the name of the group.
+    """
     border = math.inf
     if together and groups:
         every = torch.cat([s / s.mean().clamp_min(1e-30) for s in scored.values()]).sort().values

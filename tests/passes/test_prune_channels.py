@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
-from fxopt import verify
+from fxopt import cost, verify
 from fxopt.capture import capture
-from fxopt.errors import PreconditionError, SpecError
+from fxopt.errors import PassError, PreconditionError, SpecError
 from fxopt.passbase import PassContext
 from fxopt.passes.prune_channels import PruningPlan, find_groups, surgery
 from fxopt.passes.prune_channels import plan as planning
@@ -44,8 +44,8 @@ def equals_masked(model: nn.Module, inputs: tuple[Any, ...], *, least: int = 1, 
     groups = find_groups(dense)
     chosen = [group for group in groups.prunable if norms or not group.atom.mixed]
     generator = torch.Generator().manual_seed(0)
-    score = lambda group: torch.rand(group.size, generator=generator)  # noqa: E731
-    plan = planning.choose(chosen, score, 0.5, 1, together=False)
+    scores = {group.name: torch.rand(group.size, generator=generator) for group in chosen}
+    plan = planning.choose(chosen, scores, 0.5, 1, together=False)
     assert len(plan.groups) >= least, str(groups)
     indices = plan.resolve(groups)
     wanted = masked(dense, groups.coupling, indices, flat)
@@ -203,6 +203,22 @@ def test_multiples_patterns_and_what_stays() -> None:
     assert "stem.weight:0" in text
 
 
+@pytest.mark.parametrize("scope", ["group", "global"])
+@pytest.mark.parametrize("budget", ["macs=0.5", "params=0.3"])
+def test_a_budget_is_reached_and_not_wasted(budget: str, scope: str) -> None:
+    model, inputs = models.load("resnet18", small=True)
+    program, _ = pruned(model, f"{budget},scope={scope}", inputs)
+    name, _, text = budget.partition("=")
+    dense, _ = cleaned(model, inputs)
+    count = cost.macs if name == "macs" else Program.numel
+    assert float(text) * 0.93 < count(program) / count(dense) <= float(text) + 1e-3
+
+
+def test_a_budget_out_of_reach() -> None:
+    with pytest.raises(PassError, match=r"macs=0.001 cannot be reached: what may be removed leaves 0"):
+        pruned(Residual(), "macs=0.001")
+
+
 def test_heads_or_their_channels() -> None:
     model, x = Attention("unbind"), (torch.randn(2, 6, 32),)
     heads, _ = pruned(model, "keep=['out.weight']", x)
@@ -258,7 +274,7 @@ def test_dynamic_batch() -> None:
     assert compiled(torch.randn(5, 6, 32)).shape == (5, 6, 5)
 
 
-@pytest.mark.parametrize("options", ["ratio=1.0", "ratio=-0.1", "multiple=0"])
+@pytest.mark.parametrize("options", ["ratio=1.0", "ratio=-0.1", "multiple=0", "macs=2.0", "macs=0.5,params=0.5"])
 def test_bad_options(options: str) -> None:
     with pytest.raises(SpecError, match="prune-channels"):
         check_pass(f"prune-channels{{{options}}}", Residual(), IMAGE)
