@@ -358,3 +358,16 @@ def test_two_processes_train_one_model(learned: str, tmp_path: Path) -> None:
     for name, value in first.items():
         if "fake_quant" not in name or learned == "true":
             assert torch.allclose(value, second[name], atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_pruned_model_is_fine_tuned_compiled_and_quantized() -> None:
+    dense = trained(Residual)
+    prepared = fxopt.prepare(dense, digits().example(), passes="prune-channels{macs=0.5}")
+    assert sum(p.numel() for p in prepared.parameters()) < 0.6 * sum(p.numel() for p in dense.parameters())
+    fit(prepared, 4, 0.02)
+    compiled = prepared.compile(backend="torch")
+    assert (answers(compiled) - answers(prepared)).abs().max() < 1e-3
+    assert top1(answers(compiled)) >= top1(answers(dense)) - 0.005
+    int8 = prepared.compile(backend="torch", passes="insert-fake-quant", calibration=digits().calibration())
+    assert top1(answers(int8)) >= top1(answers(dense)) - 0.008

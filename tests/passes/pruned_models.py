@@ -39,6 +39,6 @@ def _mask(value: Any, axes: list[Any], plan: dict[Atom, torch.Tensor]) -> Any:
     for axis, dim in enumerate(axes):
         index = kept(dim, plan)
         if len(index) < value.shape[axis]:
-            mask = torch.zeros(value.shape[axis], dtype=value.dtype).index_fill_(0, index, 1)
-            value = value * mask.reshape(-1, *[1] * (value.dim() - axis - 1))
+            gone = torch.ones(value.shape[axis], dtype=torch.bool).index_fill_(0, index, False)
+            value = value.index_fill(axis, gone.nonzero().flatten(), 0)  # 0 / 0 among them, too
     return value
