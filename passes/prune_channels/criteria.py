@@ -10,14 +10,12 @@ The scores of all parameters of a group are added up, each normalized by its mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from fxopt.passes.prune_channels.coupling import Member
 from fxopt.passes.prune_channels.groups import Group
-
-Score = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def scores(group: Group, constants: Mapping[str, torch.Tensor], criterion: str, seed: int = 0) -> torch.Tensor:
@@ -28,26 +26,26 @@ def scores(group: Group, constants: Mapping[str, torch.Tensor], criterion: str, 
     members = members or list(group.members)
     total = torch.zeros(group.size, dtype=torch.float64)
     for member in members:
-        moved = constants[member.constant].detach().double().movedim(member.axis, 0)
-        rows = moved.reshape(len(moved), -1)
-        if rows.numel() == 0 or member.constant.endswith(("running_mean", "running_var")):
+        if member.constant.endswith(("running_mean", "running_var")) or not constants[member.constant].numel():
             continue
-        own = _measure(rows, member.index(group.atom), group.size, criterion)
+        own = _measure(constants[member.constant].detach().float(), member, group, criterion)
         mean = own.mean()
         total += own / mean if mean > 0 else own
     return total
 
 
-def _measure(rows: torch.Tensor, index: torch.Tensor, size: int, criterion: str) -> torch.Tensor:
-    known = index >= 0
-    rows, index = rows[known], index[known]
-    if criterion == "fpgm":
-        value = torch.cdist(rows, rows).sum(1) if rows.shape[1] > 1 else rows.abs().sum(1)
-    elif criterion == "l2":
-        value = rows.square().sum(1)
+def _measure(weight: torch.Tensor, member: Member, group: Group, criterion: str) -> torch.Tensor:
+    """The score of each channel in one parameter: f64[size]."""
+    others = [axis for axis in range(weight.dim()) if axis != member.axis]
+    if criterion == "fpgm" and others:
+        rows = weight.movedim(member.axis, 0).flatten(1)
+        value = torch.cdist(rows, rows).sum(1)
     else:
-        value = rows.abs().sum(1)
-    result = torch.zeros(size, dtype=torch.float64).index_add_(0, index, value)
+        value = weight.square() if criterion == "l2" else weight.abs()
+        value = value.sum(others) if others else value
+    index = member.index(group.atom)
+    known = index >= 0
+    result = torch.zeros(group.size, dtype=torch.float64).index_add_(0, index[known], value[known].double())
     return result.sqrt() if criterion == "l2" else result
 
 
