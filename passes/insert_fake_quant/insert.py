@@ -132,6 +132,7 @@ def split_units(rewriter: Rewriter, scheme: Scheme) -> None:
     """Fused ops taken apart where the engine of *scheme* has no such int8 kernel.
 
     conv(x, residual=r, "hardswish")   →   hardswish(add(conv(x), r))
+    conv(x, "silu")                    →   mul(y, sigmoid(y)), y = conv(x)         where both have int8 kernels
     """
     for unit in [n for n in rewriter.nodes() if ops.is_fused(n) and ops.kind(n) not in scheme.float_results]:
         a = ops.arguments(unit)
@@ -142,7 +143,8 @@ def split_units(rewriter: Rewriter, scheme: Scheme) -> None:
         bare = _replaced(rewriter, unit, residual=None if apart else a["residual"], activation=("none", ()))
         y = rewriter.call(aten.add.Tensor, (bare, a["residual"]), before=unit) if apart else bare
         if name != "none":
-            y = _activate(rewriter, y, name, a["activation_args"], unit)
+            in_parts = name == "silu" and {"sigmoid", "mul"} <= scheme.elementwise
+            y = _silu(rewriter, y, unit) if in_parts else _activate(rewriter, y, name, a["activation_args"], unit)
         rewriter.replace(unit, y)
 
 
@@ -152,6 +154,12 @@ def _replaced(rewriter: Rewriter, unit: fx.Node, **changes: object) -> fx.Node:
     a["activation"], a["activation_args"] = changes["activation"]  # type: ignore[misc]
     target = fused.LINEAR if ops.kind(unit) == "linear" else unit.target
     return rewriter.call(target, tuple(a.values()), before=unit)  # type: ignore[arg-type]
+
+
+def _silu(rewriter: Rewriter, y: fx.Node, before: fx.Node) -> fx.Node:
+    """For an engine that has int8 kernels for what it is made of: y · sigmoid(y)."""
+    gate = rewriter.call(aten.sigmoid.default, (y,), before=before)
+    return rewriter.call(aten.mul.Tensor, (y, gate), before=before)
 
 
 def _activate(rewriter: Rewriter, y: fx.Node, name: str, args: Sequence[float], before: fx.Node) -> fx.Node:

@@ -305,3 +305,10 @@ def test_the_whole_pipeline_leaves_integer_weights() -> None:
     assert compiled.report.quantization.outputs[0].cosine > 0.995
     close = torch.nn.functional.cosine_similarity(compiled(*IMAGE).flatten(), model(*IMAGE).flatten(), 0)
     assert close > 0.995
+
+
+@pytest.mark.parametrize(("engine", "parts"), [("onnxruntime", True), ("torch", False)])
+def test_silu_is_taken_apart_where_its_parts_have_int8_kernels(engine: str, parts: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    program = quantize(model, (torch.randn(2, 3, 8, 8),), f"scheme={engine}").program
+    assert bool(calls(program, "sigmoid")) == bool(calls(program, "mul")) == parts
