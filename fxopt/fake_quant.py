@@ -167,7 +167,9 @@ class ActivationFakeQuantize(FakeQuantize):
             if seen >= self.steps or x.numel() == 0:
                 return
             low, high = torch.aminmax(x.detach().float())
-            weight = _MOMENTUM if seen else 1.0
+            if not bool(torch.isfinite(high - low)) or (low == 0 and high == 0):
+                return  # such a batch says nothing of the range, and would stay in the moving average for good
+            weight = max(_MOMENTUM, 1 / (seen + 1))  # a plain mean at first
             self.low[source].lerp_(low, weight)
             self.high[source].lerp_(high, weight)
             self.seen[source] += 1

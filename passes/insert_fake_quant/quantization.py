@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Quantization:
         self.modes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
         self.ranges: dict[str, Range] = {}
+        self.matched = set[str]()  # overrides that fit something
         self.tables: list[str] = []  # embeddings whose table becomes int8
 
     def run(self) -> None:
@@ -52,9 +54,11 @@ class Quantization:
         exact = self.rewriter.program.copy()
         if "static" in self.modes.values():
             self.observe(exact)
+            self._leave_silent(exact)
         if self.options.objective == "latency" and self.modes:
             self._choose_by_latency(exact)
-        kept = calibrate.kept_back(self.ctx.batches(self.options)) if self.ctx.calibration is not None else []
+        given = self.ctx.calibration is not None  # without, the example inputs have to do
+        kept = calibrate.kept_back(self.ctx.batches(self.options)) if given else [self.ctx.inputs]
         found = self._check(exact, kept) if kept and self.modes else []
         if self.options.on_loss == "repair":
             while found and self._lost(found) and self._put_back(exact, kept):
@@ -88,6 +92,21 @@ class Quantization:
             else:
                 self.reasons[node.name] = reason
 
+        self._say_what_is_off()
+
+    def _say_what_is_off(self) -> None:
+        """Warn of overrides that fit nothing, and where nothing at all is quantized."""
+        for text in self.options.overrides:
+            if text not in self.matched:
+                self._warn(f"insert-fake-quant: overrides: {text!r} fits no conv, linear or embedding")
+        if self.reasons and not self.modes and not self.tables:
+            [(reason, count)] = Counter(self.reasons.values()).most_common(1)
+            self._warn(f"insert-fake-quant: nothing is quantized; {count} of {len(self.reasons)} layers: {reason}")
+
+    def _warn(self, text: str) -> None:
+        self.rewriter.note(text)
+        warnings.warn(text, stacklevel=2)
+
     def _mode(self, unit: fx.Node) -> str:
         """What the user wants for *unit*."""
         mode, weight = self.options.activations, _weight_name(unit)
@@ -96,6 +115,7 @@ class Quantization:
             pattern, _, other = text.rpartition("=")
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 mode = other  # type: ignore[assignment]
+                self.matched.add(text)
         return mode
 
     def _refusal(self, unit: fx.Node, mode: str) -> str | None:
@@ -111,6 +131,8 @@ class Quantization:
             return self.scheme.declined.get(what, f"scheme {self.scheme.name} has no int8 {what}")
         if mode != "static" and what != "linear":
             return f"activations={mode} is for linears"
+        if mode == "none" and self.options.weights == "int4" and insert.group_of(tensor, self.options.group_size) < 2:
+            return f"no group of up to {self.options.group_size} divides its {tensor.shape[1]} inputs"
         return self.ctx.declines_int8(unit) if mode == "static" else None
 
     def _choose_by_latency(self, exact: Program) -> None:
@@ -134,6 +156,16 @@ class Quantization:
         floats = choose_floats(list(modes), latency)
         self.modes = {name: mode for name, mode in modes.items() if name not in floats}
         self.reasons |= dict.fromkeys(floats, "the model is faster with it in float, as measured on this engine")
+
+    def _leave_silent(self, exact: Program) -> None:
+        """Leave in float what reads nothing but zeros in the calibration data: they say nothing of other data."""
+        placement = self.place(exact)
+        groups = self._groups(placement)
+        for unit in placement.units:
+            reads = [value for value in placement.reads.get(unit, ()) if value in placement.quantized]
+            if any(groups[placement.quantized[value]] == Range(0.0, 0.0) for value in reads):
+                del self.modes[unit.name]
+                self.reasons[unit.name] = "what it reads is zero in all of the calibration data"
 
     def place(self, program: Program) -> Placement:
         """Where integers go in *program*, which is the graph under edit or a copy of it."""
@@ -241,8 +273,7 @@ class Quantization:
         )
         if self.options.on_loss == "raise":
             raise VerifyError(text)
-        self.rewriter.note(text)
-        warnings.warn(text, stacklevel=2)
+        self._warn(text)
 
 
 def _is_integer(node: fx.Node) -> bool:

@@ -1,0 +1,108 @@
+"""insert-fake-quant where data or options leave nothing to go by: a reason, a warning or an error, never silence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.errors import SpecError, VerifyError
+
+X = (torch.randn(2, 256, generator=torch.Generator().manual_seed(0)),)
+
+FLOAT_FIRST = """
+import torch, fxopt
+from torch import nn
+x = torch.randn(4, 256)
+model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval()
+fxopt.compile(model, example_inputs=(x,), backend="onnx")
+fxopt.compile(model, example_inputs=(x,), backend="onnx", passes="insert-fake-quant", calibration=[(x,)] * 3)
+"""
+
+
+def compiled(model: nn.Module, options: str, inputs: Any = X, **more: Any) -> fxopt.CompiledModel:
+    spec = f"insert-fake-quant{{{options}}}"
+    return fxopt.compile(model.eval(), example_inputs=inputs, passes=spec, backend="onnx", **more)
+
+
+def linears() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10, bias=False))
+
+
+def test_int8_after_float_in_one_process() -> None:
+    """In a process of its own: what an earlier test imports would hide it."""
+    subprocess.run([sys.executable, "-c", FLOAT_FIRST], check=True, timeout=300)
+
+
+def test_an_input_that_was_zero_throughout_is_not_quantized() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(256, 256), nn.Linear(256, 256)
+
+        def forward(self, x: torch.Tensor, h: torch.Tensor) -> Any:
+            return torch.tanh(self.a(x) + self.b(h))
+
+    torch.manual_seed(0)
+    model, zeros = Cell(), torch.zeros(2, 256)
+    data = [(torch.randn(2, 256), zeros) for _ in range(6)]
+    result = compiled(model, "", (*X, zeros), calibration=data)
+    reasons = {layer.path: layer.reason for layer in result.report.quantization.layers}
+    assert "zero in all" in reasons["b"]
+    assert reasons["a"] == ""
+    h = torch.randn(2, 256)
+    with torch.no_grad():
+        assert torch.nn.functional.cosine_similarity(result(*X, h).flatten(), model(*X, h).flatten(), 0) > 0.999
+
+
+def test_weights_alone_are_checked_on_the_example_inputs() -> None:
+    model = linears()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[:, ::64] *= 300
+        model.get_parameter("2.weight")[:, ::128] *= 200
+    options = "activations=none,weights=int4,cosine=0.9999"
+    with pytest.warns(UserWarning, match="lost more than cosine"):
+        assert compiled(model, options).report.quantization.outputs
+    with pytest.raises(VerifyError, match="lost more"):
+        compiled(model, f"{options},on_loss=raise")
+
+
+def test_inputs_without_a_divisor_stay_in_float() -> None:
+    model = nn.Sequential(nn.Linear(256, 257), nn.ReLU(), nn.Linear(257, 16))
+    layers = compiled(model, "activations=none,weights=int4").report.quantization.layers
+    assert [layer.mode for layer in layers] == ["weight-only", "float"]
+    assert "divides its 257 inputs" in layers[1].reason
+
+
+@pytest.mark.parametrize("options", ["group_size=0", "group_size=-1", "cosine=2.0"])
+def test_options_out_of_range(options: str) -> None:
+    with pytest.raises(SpecError):
+        compiled(linears(), options, calibration=[X] * 3)
+
+
+def test_overrides_that_fit_nothing_are_named() -> None:
+    with pytest.warns(UserWarning, match="'clasifier.*' fits no conv"):
+        compiled(linears(), "overrides=['clasifier*=float']", calibration=[X] * 3)
+
+
+def test_a_model_of_another_dtype_is_said_not_to_be_quantized() -> None:
+    with pytest.warns(UserWarning, match="nothing is quantized.*only float32"):
+        compiled(linears().double(), "", (X[0].double(),), calibration=[(X[0].double(),)] * 3)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 0.0])
+def test_a_training_batch_that_says_nothing_leaves_the_ranges(bad: float) -> None:
+    prepared = fxopt.prepare(linears(), X)
+    prepared(torch.full_like(X[0], bad) if bad == 0 else torch.where(X[0] > 2, bad, X[0]))
+    for _ in range(8):
+        prepared(*X)
+    prepared.eval()
+    with torch.no_grad():
+        assert torch.isfinite(prepared(*X)).all()
+        assert torch.nn.functional.cosine_similarity(prepared(*X).flatten(), linears()(*X).flatten(), 0) > 0.99
