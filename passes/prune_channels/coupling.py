@@ -73,7 +73,10 @@ class Coupling:
                 self.freeze(node, "the model writes to it")
         elif ops.kind(node) != "assert":
             rule = rules(node)
-            found = None if rule is None else rule(self, node, _arguments(node))
+            try:
+                found = None if rule is None else rule(self, node, _arguments(node))
+            except (IndexError, KeyError, TypeError, ValueError):  # an odd use of the op, which the rule does not know
+                found = None
             if found is None:
                 where = source_line(node)
                 reason = f"{ops.packet(node) or node.name} cannot be followed" + (f" ({where})" if where else "")

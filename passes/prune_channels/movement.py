@@ -35,11 +35,14 @@ def reshape(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     shape = [hint(size) for size in node.meta["val"].shape]
     if 0 in shape:
         return None
+    symbolic = any(not isinstance(size, int) for size in node.meta["val"].shape)
     result = list[Dim]()
     for size in shape:
         taken, left = list[Dim](), size
         while left > 1:
             factor = resolve(pending.pop(0))
+            if factor.size > left and not isinstance(factor, Fixed) and symbolic:
+                return None  # where it is cut depends on a size that may change
             if factor.size > left:
                 parts = split_product(factor, left)
                 if parts is None:
@@ -121,8 +124,7 @@ def split(c: Coupling, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None:
 def getitem(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """One of several results."""
     source, index = node.args
-    assert isinstance(source, fx.Node)
-    found = c.axes.get(source)
+    found = c.axes.get(source)  # type: ignore[arg-type]
     if not isinstance(index, int) or not found or not isinstance(found[0], list):
         return None
     return list(found[index])
@@ -146,12 +148,14 @@ def take(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 
 def _slice(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int) -> Axes | None:
     whole, size = x[at].size, hint(node.meta["val"].shape[at])
-    if size == whole:
+    if size == whole and isinstance(node.meta["val"].shape[at], int):
         return x
+    if size == 0:
+        return [*x[:at], Fixed(0), *x[at + 1 :]]
     given = a["start"]
-    if not (given is None or isinstance(given, int)):
+    if not (given is None or isinstance(given, int)) or not isinstance(node.meta["val"].shape[at], int):
         freeze(x[at], f"{node.name} cuts it at a place that is computed")
-        return [*x[:at], *c.fixed(node.meta["val"])[at : at + 1], *x[at + 1 :]]
+        return [*x[:at], Fixed(size), *x[at + 1 :]]
     start = min(whole, (given or 0) + (whole if (given or 0) < 0 else 0))
     sizes = [n for n in (start, size, whole - start - size) if n]
     parts = split_sum(x[at], sizes)
@@ -179,6 +183,7 @@ def index(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 def pool(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
     """Positions are pooled, channels are not."""
     x, count = c.of(node.args[0]), int(ops.packet(node)[-2])
+    freeze(Product(tuple(x[-count:])), f"{node.name} pools it")
     value = node.meta["val"]
     one = value[0] if isinstance(value, (tuple, list)) else value
     result = [*x[:-count], *c.fixed(one)[-count:]]
@@ -187,12 +192,15 @@ def pool(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
 
 def resample(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     """Batch and channels stay."""
-    return [*c.of(node.args[0])[:2], *c.fixed(node.meta["val"])[2:]]
+    x = c.of(node.args[0])
+    freeze(Product(tuple(x[2:])), f"{node.name} resamples it")
+    return [*x[:2], *c.fixed(node.meta["val"])[2:]]
 
 
 def pixel_shuffle(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """(c·r·r, h, w) → (c, h·r, w·r), or back."""
     x, out = c.of(node.args[0]), c.fixed(node.meta["val"])
+    freeze(Product(tuple(x[-2:])), f"{node.name} lays it out anew")
     if ops.packet(node) == "pixel_unshuffle":
         return [*x[:-3], Product((x[-3], Fixed(out[-3].size // x[-3].size))), *out[-2:]]
     parts = split_product(x[-3], out[-3].size)

@@ -152,7 +152,7 @@ def matmul(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
         return None
     unify(x[-1], y[-2], f"{node.name}: the axis that is summed")
     result = [*broadcast([x[:-2], y[:-2]], node.name), x[-2], y[-1]]
-    if len(node.args) > 2 and isinstance(node.args[0], fx.Node) and node.args[0] not in (first, second):
+    if ops.packet(node) in ("addmm", "baddbmm") and isinstance(node.args[0], fx.Node):
         return broadcast([result, c.of(node.args[0])], node.name)
     return result
 
@@ -201,6 +201,8 @@ def embedding(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 def reduce(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
     """A sum forgets what goes; a mean over channels changes; of anything else the axis stays."""
+    if isinstance(a.get("other"), fx.Node):  # max and min of two tensors
+        return pointwise(c, node, a)
     x, packet = c.of(a["self"]), ops.packet(node)
     given = a.get("dim")
     dims = range(len(x)) if given is None or given == [] else [given] if isinstance(given, int) else given

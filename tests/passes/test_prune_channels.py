@@ -283,3 +283,18 @@ def test_bad_options(options: str) -> None:
 def test_quantization_before_pruning_is_refused() -> None:
     with pytest.raises(PreconditionError, match="prune-channels"):
         fxopt.compile(Residual(), example_inputs=IMAGE, passes="insert-fake-quant,prune-channels")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.b(F.adaptive_avg_pool1d(m.a(x), 8)),
+        lambda m, x: m.b(F.interpolate(m.a(x), size=8)),
+        lambda m, x: m.b(torch.max(m.a(x), -m.a(x))[..., :8]),
+        lambda m, x: m.b(torch.cat([m.a(x), m.a(x)[..., 16:]], -1)[..., :8]),
+    ],
+)
+def test_what_mixes_channels_in_its_own_way_is_left_alone_or_followed(function: Any) -> None:
+    torch.manual_seed(0)
+    model = Model(function, a=nn.Linear(32, 16), b=nn.Linear(8, 5))
+    equals_masked(model, (torch.randn(2, 6, 32),), least=0)
