@@ -79,11 +79,10 @@ def export(
         _clean(model, opset)
         if quantized and not explicit:
             _onnx_int8.match_kernels(model, float_biases=float_biases)
-        if quantized:
-            _onnx_quantized_ops.pack_blocks(model)
+        transposed = _onnx_quantized_ops.pack_blocks(model) if quantized else set()
         _onnx_pads.keep_apart(model)
         _name(model, program)
-        file = OnnxFile(model, interface, origins)
+        file = OnnxFile(model, interface, origins, transposed)
         _release(model, program)
     return file
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,12 @@ class OnnxFile:
         path: the graph; its weights lie beside it.
         interface: how to call it.
         origins: "op at file:line" of the user's code for each ONNX node name.
+        transposed: names of the weights that lie transposed in the file.
     """
 
-    def __init__(self, model: onnx_ir.Model, interface: Interface, origins: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: onnx_ir.Model, interface: Interface, origins: Mapping[str, str], transposed: Set[str]
+    ) -> None:
         """Write *model*.
 
         Raises:
@@ -84,6 +87,7 @@ class OnnxFile:
         self.path = Path(self._folder.name) / "model.onnx"
         self.interface = interface
         self.origins = origins
+        self.transposed = transposed
         onnx_ir.save(model, self.path, external_data="weights", size_threshold_bytes=EMBEDDED)
         try:
             onnx.checker.check_model(str(self.path), full_check=True)
@@ -104,8 +108,12 @@ class OnnxFile:
 
         value = onnx_ir.load(self.path).graph.initializers[name].const_value
         assert value is not None
-        flat = torch.frombuffer(bytearray(value.tobytes()), dtype=_torch_dtype(value.dtype))
-        return flat.reshape(value.shape.numpy())
+        if value.dtype == onnx_ir.DataType.INT4:
+            result = torch.from_numpy(value.numpy().astype("int8"))
+        else:
+            flat = torch.frombuffer(bytearray(value.tobytes()), dtype=_torch_dtype(value.dtype))
+            result = flat.reshape(value.shape.numpy())
+        return result.T.contiguous() if name in self.transposed else result
 
     def save(self, path: Path) -> None:
         """Write the model to *path*: one file, or above 2 GB *path* and ``path.data`` beside it. All or nothing.

@@ -33,11 +33,11 @@ def is_quantized(program: Program) -> bool:
 
 
 def flatten_linears(program: Program) -> None:
-    """Let every linear of a statically quantized value of three or more dimensions run on a matrix."""
+    """Let every linear of a statically quantized value, whatever its rank, run on a matrix."""
     rewriter = Rewriter(program)
     for node in rewriter.nodes():
         x = node.args[0] if node.target is aten.linear.default else None
-        if isinstance(x, fx.Node) and _is_static(x) and x.meta["val"].dim() > 2:
+        if isinstance(x, fx.Node) and _is_static(x) and x.meta["val"].dim() != 2:
             shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
             if shape.count(-1) <= 1:
                 _flatten(rewriter, node, x, shape)

@@ -98,14 +98,18 @@ def _dynamic_source(x: fx.Node) -> fx.Node | None:
     return quantize.args[0] if same and x.args[-1] is torch.uint8 else None  # type: ignore[return-value]
 
 
-def pack_blocks(model: onnx_ir.Model) -> None:
+def pack_blocks(model: onnx_ir.Model) -> set[str]:
     """Weights that are dequantized in blocks: int4 where four bits hold them, and laid out as a MatMul reads them.
 
     MatMul(x, Transpose(DQ(w[N, K], axis=1)))   →   MatMul(x, DQ(wᵀ[K, N], axis=0))
+
+    Returns:
+        The names of the initializers that are transposed now.
     """
     import ml_dtypes
     import onnx_ir as ir
 
+    transposed = set[str]()
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear" or "block_size" not in node.attributes:
             continue
@@ -117,11 +121,13 @@ def pack_blocks(model: onnx_ir.Model) -> None:
             arrays = [np.ascontiguousarray(array.T) for array in arrays]
             node.attributes["axis"] = ir.AttrInt64("axis", 0)
             node.outputs[0].shape = ir.Shape(arrays[0].shape)
+            transposed |= {str(weight.name), str(scale.name)}
         if weight.dtype == ir.DataType.INT8 and arrays[0].min(initial=0) >= -8 and arrays[0].max(initial=0) <= 7:
             arrays[0] = arrays[0].astype(ml_dtypes.int4)
         for value, array in zip((weight, scale), arrays, strict=True):
             value.const_value = ir.tensor(array, name=value.name)
             value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
+    return transposed
 
 
 def _transpose_away(model: onnx_ir.Model, node: onnx_ir.Node) -> bool:

@@ -135,12 +135,23 @@ def _refuse(program: Program) -> None:
         if leaf.dtype in (_LOW, torch.complex64, torch.complex128):
             raise UnsupportedOp(f"{leaf.name!r} is {leaf.dtype}, which cannot be passed to OpenVINO from Python")
     for node in all_nodes(program):
+        if ops.packet(node) == "dequantize_per_channel_group" and _has_odd_groups(node):
+            raise UnsupportedOp(
+                f"OpenVINO reads weights in several groups of odd size wrongly: {located(node)}. Let insert-fake-quant "
+                "choose the scheme (scheme=auto)"
+            )
         if ops.packet(node) in _OTHERWISE or (ops.packet(node) == "fft_fft" and _is_complex(node.args[0])):
             raise UnsupportedOp(f"OpenVINO computes {located(node)} otherwise than PyTorch: use another backend")
         if of_dtype(node, torch.float64):
             raise UnsupportedOp(f"OpenVINO computes float64 in float32: {located(node)}")
         if of_dtype(node, _LOW) and node.graph is not program.graph:
             raise UnsupportedOp(f"OpenVINO is given bf16 as fp32, which branches are not: {located(node)}")
+
+
+def _has_odd_groups(dequantize: fx.Node) -> bool:
+    a = ops.arguments(dequantize)
+    size = int(a["group_size"])
+    return size % 2 == 1 and int(a["input"].meta["val"].shape[-1]) > size
 
 
 def _is_complex(node: Any) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from fxopt.errors import InputError
+from fxopt.replay import Replay
 from fxopt.signature import Signature
 
 
 class Calibration:
-    """An iterable of batches. A one-shot iterator is kept for later passes; anything else is iterated anew each time.
+    """An iterable of batches, in the same order for every pass. A one-shot iterator is kept for later passes.
 
     A batch is a tuple or list of positional inputs (surplus ones, such as a DataLoader's labels, are dropped), a
     mapping of keyword inputs, or one tensor. It may have more rows than the example inputs: where the graph is fixed to
@@ -26,7 +28,8 @@ class Calibration:
     def __init__(self, data: Iterable[Any], signature: Signature) -> None:
         if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
             raise InputError(f"calibration must be an iterable of input tuples, not {type(data).__name__}")
-        self._data = list(data) if isinstance(data, Iterator) else data
+        self._data = list(data) if isinstance(data, Iterator) else Replay(data)
+        self._first: list[Any] | None = None
         self._signature = signature
         first = next(iter(itertools.islice(self._data, 1)), None)
         if first is None:
@@ -46,11 +49,24 @@ class Calibration:
                     self._signature.check(leaves)
                 except InputError as error:
                     raise InputError(f"calibration batch {index}: {error}") from error
+                if not fitting:
+                    self._warn_of_other_order(leaves)
                 fitting += 1
                 yield leaves
         if not fitting:
             raise InputError(
                 "no calibration batch has as many rows as the example inputs, for which the model is fixed"
+            )
+
+    def _warn_of_other_order(self, leaves: list[Any]) -> None:
+        """Warn where data are not what they were: samples kept back to check a result may then have been seen."""
+        if self._first is None:
+            self._first = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        elif not all(map(_same, self._first, leaves)):
+            warnings.warn(
+                "calibration gives other batches each time it is iterated, so a result may be checked on samples that "
+                "it was made from: give a list, or seed what shuffles",
+                stacklevel=2,
             )
 
     def _pieces(self, leaves: list[Any]) -> Iterator[list[Any]]:
@@ -77,3 +93,10 @@ class Calibration:
             raise InputError(f"a calibration batch must be a tuple of inputs, a mapping or a tensor, not {type(batch)}")
         count = len(self._signature.in_spec.children()[0].children())
         return self._signature.flatten(tuple(batch[:count]), {})
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        dense = a.layout is b.layout is torch.strided
+        return not dense or (a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()))
+    return bool(a == b)

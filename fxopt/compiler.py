@@ -82,6 +82,11 @@ def compile(  # noqa: A001 - the name that torch users look for
     return CompiledModel(plan.target, variant=plan.build(inputs or (), dict(example_kwargs or {})))
 
 
+def _parts(model: object) -> list[nn.Module]:
+    """*model*, or what it wraps, as DistributedDataParallel does."""
+    return [model, *model.children()] if isinstance(model, nn.Module) else []
+
+
 def as_args(example_inputs: Any) -> tuple[Any, ...] | None:
     """The user's *example_inputs* as a tuple.
 
@@ -154,6 +159,8 @@ class Plan:
         """Everything that can be found wrong before the model is looked at is found here."""
         if not isinstance(model, (nn.Module, ExportedProgram)):
             raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
+        if any(part.__class__.__name__ == "PreparedModel" for part in _parts(model)):
+            raise InputError("this model comes from fxopt.prepare, and compiles itself: call its compile()")
         if isinstance(model, ExportedProgram) and shapes is not None:
             raise InputError("an ExportedProgram has its dynamic sizes already: give dynamic_shapes to torch.export")
         if options is not None and not isinstance(options, Mapping):

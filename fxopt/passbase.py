@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
-from fxopt.errors import PreconditionError
+from fxopt.errors import PreconditionError, SpecError
 from fxopt.target import Target
 
 if TYPE_CHECKING:
@@ -75,6 +75,16 @@ class Pass(abc.ABC):
     runs_after: ClassVar[tuple[str, ...]] = ()
     runs_before: ClassVar[tuple[str, ...]] = ()
     engine_specific: ClassVar[bool] = False
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """For ``__post_init__``.
+
+        Raises:
+            SpecError: one of the options *names* is below *least*.
+        """
+        for name in names:
+            if getattr(self, name) < least:
+                raise SpecError(f"{self.name}: {name} must be at least {least}, not {getattr(self, name)}")
 
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of passes that run, unless the user lists them: right before this one, and after all listed ones."""

@@ -17,7 +17,7 @@ import torch
 
 from fxopt import dump as fxir
 from fxopt import ops, verify
-from fxopt.errors import FxoptError, PassError, PreconditionError, VerifyError
+from fxopt.errors import FxoptError, InputError, PassError, PreconditionError, VerifyError
 from fxopt.passbase import Pass, PassContext
 from fxopt.program import Program
 from fxopt.report import PassRecord
@@ -129,7 +129,7 @@ class Pipeline:
 
         Raises:
             PassError: a pass failed. The message names the pass and those before it, ``error.dump`` holds the graph
-                that was kept.
+                that was kept. InputError: calibration data do not fit.
         """
         state = self.advance(self.start(program), passes)
         return state.program, state.records
@@ -154,6 +154,8 @@ class Pipeline:
             self.progress(one.name)
             try:
                 program, record, reference = self._step(one, program, reference)
+            except InputError:  # the user's calibration data; it says which batch, and no pass is to blame
+                raise
             except FxoptError as error:
                 raise self._failed(one, error, records, program) from error
             except Exception as error:

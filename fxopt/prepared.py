@@ -20,6 +20,7 @@ from fxopt.execute import last_users
 from fxopt.fake_quant import FAKE_QUANTIZE, ActivationFakeQuantize, FakeQuantize
 from fxopt.passbase import Pass
 from fxopt.program import Program
+from fxopt.rewriter import Skip
 from fxopt.signature import Signature
 from fxopt.target import Target
 
@@ -33,15 +34,23 @@ class Frozen:
         name: class name of the model.
         target: to compile for.
         inputs: flat example input leaves.
+        skips: what passes left alone.
     """
 
     program: Program
     name: str
     target: Target
     inputs: list[Any]
+    skips: list[Skip]
 
     def __deepcopy__(self, memo: object) -> Frozen:
         return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a PreparedModel does not pickle: save its state_dict(), and load that into one that fxopt.prepare makes "
+            "from the same model"
+        )
 
     @functools.cached_property
     def dying(self) -> dict[fx.Node, list[fx.Node]]:
@@ -146,6 +155,11 @@ class PreparedModel(nn.Module):
         if args is None and kwargs is None:
             plan = dataclasses.replace(plan, captured=deploy.captured(own, module, frozen.inputs))
         return CompiledModel(frozen.target, variant=plan.build(args or (), dict(kwargs or {})))
+
+    @property
+    def skips(self) -> list[Skip]:
+        """What ``fxopt.prepare`` left alone, such as layers that are not rounded, each with the reason."""
+        return list(self._frozen.skips)
 
     def disable_fake_quant(self) -> None:
         """Compute in float, as the model itself does, until :meth:`enable_fake_quant`."""

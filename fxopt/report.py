@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from fxopt.show import as_text
 
 if TYPE_CHECKING:
     from fxopt.passbase import Pass
@@ -127,14 +127,7 @@ class Report:
         return [skip for p in self.passes for skip in p.skips]
 
     def __str__(self) -> str:
-        width = shutil.get_terminal_size((110, 24)).columns
-        console = Console(file=io.StringIO(), width=max(80, min(width, 140)), force_terminal=None)
-        terminal = Console()
-        if terminal.is_terminal:
-            console = Console(file=io.StringIO(), width=terminal.width, force_terminal=True)
-        console.print(self)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return str(text).rstrip()
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         head = Text.assemble(

@@ -6,12 +6,10 @@ print(fxopt.sensitivity(model, (x,), calibration))          a table, the most se
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
@@ -27,6 +25,7 @@ from fxopt.passbase import Pass, PassContext
 from fxopt.pipeline import Pipeline, full_pipeline
 from fxopt.progress import Stages
 from fxopt.rewriter import Rewriter
+from fxopt.show import as_text
 from fxopt.target import Target, resolve_target
 
 _QUANTIZE = "insert-fake-quant"
@@ -67,9 +66,7 @@ class Sensitivity:
         return tuple(f"{layer.name}=float" for layer in self.layers[:count])
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110)
-        console.print(self)
-        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+        return as_text(self)
 
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")

@@ -89,7 +89,8 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     modules: dict[str, nn.Module] = {}
     for record in records:
         modules |= record.details.get("fake_quant", {})
-    frozen = Frozen(program, name, ctx.target, captured.inputs)
+    skips = [skip for record in records for skip in record.skips]
+    frozen = Frozen(program, name, ctx.target, captured.inputs, skips)
     return PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from fxopt import ops, progress
+from fxopt.errors import SpecError
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import layerwise, weight_grid
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
@@ -65,11 +66,9 @@ class AdaRound(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        self.require_at_least(1, "iterations", "batch", "samples")
         if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+            raise SpecError(f"ada-round: learning_rate must be above 0, not {self.learning_rate}")
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One walk over the calibration data, in which each layer is learned when its inputs are known.
@@ -77,7 +76,7 @@ class AdaRound(Pass):
         Raises:
             PreconditionError: there is no calibration data.
         """
-        grids = self._candidates(rewriter)
+        grids = weight_grid.movable(self, rewriter, _refusal)
         if not grids:
             return
         before = rewriter.program.copy()
@@ -98,29 +97,13 @@ class AdaRound(Pass):
             layerwise.Walk(rewriter.program, batches, grids).run(visit)
         except KeyboardInterrupt:
             rewriter.note(f"interrupted: {len(found)} of {len(grids)} layers have learned, the others round to nearest")
-        for unit, change in found.items():
-            assert change.weight is not None
-            weight_grid.move_weight(rewriter, grids[unit], change.weight)
-            if change.bias is not None:
-                weight_grid.move_bias(rewriter, unit, change.bias)
+        weight_grid.carry_out(rewriter, grids, found)
         if found:
             mean = math.exp(sum(math.log(max(gain, 1e-9)) for gain in gains) / len(gains))
             rewriter.note(
                 f"squared error of a layer: {mean:.2f} of that of rounding to nearest, on positions kept back"
             )
             layerwise.note_outputs(self, rewriter, ctx, before)
-
-    def _candidates(self, rewriter: Rewriter) -> dict[fx.Node, WeightGrid]:
-        grids = {}
-        for unit in weight_grid.fake_quantized_units(rewriter):
-            found = weight_grid.find(rewriter, unit)
-            if isinstance(found, str):
-                rewriter.skip(unit, found)
-            elif ops.kind(unit) == "conv_transpose":
-                rewriter.skip(unit, "a transposed convolution keeps rounding to nearest")
-            elif not found.is_settled:
-                grids[unit] = found
-        return grids
 
     def _settle(self, layer: Layer, grid: WeightGrid, title: str) -> tuple[Change, float]:
         """What *layer* is to have, and its squared error over that of rounding to nearest."""
@@ -161,3 +144,8 @@ class AdaRound(Pass):
             optimizer.step()
         up = (variable.detach() >= 0).float()
         return (below + up).clamp(grid.qmin, grid.qmax) * scale
+
+
+def _refusal(unit: fx.Node) -> str | None:
+    transposed = ops.kind(unit) == "conv_transpose"
+    return "a transposed convolution keeps rounding to nearest" if transposed else None

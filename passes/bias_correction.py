@@ -43,8 +43,7 @@ class BiasCorrection(Pass):
     samples: int = 512
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, not {self.samples}")
+        self.require_at_least(1, "samples")
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One walk over the calibration data, then one edit for each layer.
@@ -53,7 +52,7 @@ class BiasCorrection(Pass):
             PreconditionError: there is no calibration data.
         """
         units = []
-        for unit in weight_grid.fake_quantized_units(rewriter):
+        for unit in weight_grid.fake_quantized_units(self, rewriter):
             reason = weight_grid.bias_reason(rewriter, unit)
             if reason is None:
                 units.append(unit)

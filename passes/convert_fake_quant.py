@@ -19,6 +19,8 @@ from torch import fx
 from fxopt import ops, quantized
 from fxopt.fake_quant import FAKE_QUANTIZED
 from fxopt.passbase import Pass, PassContext
+from fxopt.passes.insert_fake_quant import calibrate, trained
+from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 
 # How far from an integer a weight over its step may be: float32 rounds 127 of them to within 2e-5.
@@ -46,16 +48,30 @@ class ConvertFakeQuant(Pass):
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Activations first: they tell which convs and linears are quantized."""
-        for node in rewriter.nodes():
-            if node.target is FAKE_QUANTIZED:
-                x, scale, zero_point, low, high, dtype = node.args
-                how = (scale, zero_point, low, high, dtype)
-                q = rewriter.call(quantized.QUANTIZE, (x, *how), before=node)
-                rewriter.replace(node, rewriter.call(quantized.DEQUANTIZE, (q, *how), before=node))
+        marks = [node for node in rewriter.nodes() if node.target is FAKE_QUANTIZED]
+        if not marks:
+            return
+        exact = _in_float(rewriter.program)
+        for node in marks:
+            x, *how = node.args
+            q = rewriter.call(quantized.QUANTIZE, (x, *how), before=node)
+            rewriter.replace(node, rewriter.call(quantized.DEQUANTIZE, (q, *how), before=node))
         done: dict[fx.Node, fx.Node] = {}
         for unit in rewriter.nodes():
             if ops.kind(unit) in ("conv", "conv_transpose", "linear"):
                 _weight(rewriter, unit, done)
+        kept = [ctx.inputs] if ctx.calibration is None else calibrate.kept_back(ctx.batches(self))
+        rewriter.details["quantization"] = trained.measure(exact, rewriter.program, kept)
+
+
+def _in_float(program: Program) -> Program:
+    """A copy whose activations are not rounded."""
+    exact = program.copy()
+    for node in exact.graph.nodes:
+        if node.target is FAKE_QUANTIZED:
+            node.replace_all_uses_with(node.args[0])
+    exact.remove_dead()
+    return exact
 
 
 def _weight(rewriter: Rewriter, unit: fx.Node, done: dict[fx.Node, fx.Node]) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
+from fxopt.errors import SpecError
 from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter
 
@@ -73,7 +74,7 @@ class CrossLayerEqualization(Pass):
 
     def __post_init__(self) -> None:
         if self.threshold < 1:
-            raise ValueError(f"threshold must be at least 1, not {self.threshold}")
+            raise SpecError(f"cross-layer-equalization: threshold must be at least 1, not {self.threshold}")
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Find the pairs, balance them, write the weights that changed."""

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from fxopt import ops, progress
+from fxopt.errors import SpecError
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import layerwise, weight_grid
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
@@ -54,11 +55,9 @@ class Gptq(Pass):
     samples: int = 512
 
     def __post_init__(self) -> None:
+        self.require_at_least(1, "block", "samples")
         if self.damping <= 0:
-            raise ValueError(f"damping must be above 0, not {self.damping}")
-        for name in ("block", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            raise SpecError(f"gptq: damping must be above 0, not {self.damping}")
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One walk over the calibration data, in which each linear is rounded when its inputs are known.
@@ -66,7 +65,7 @@ class Gptq(Pass):
         Raises:
             PreconditionError: there is no calibration data.
         """
-        grids = self._candidates(rewriter)
+        grids = weight_grid.movable(self, rewriter, _refusal)
         if not grids:
             return
         before = rewriter.program.copy()
@@ -84,25 +83,8 @@ class Gptq(Pass):
             return found[layer.node]
 
         layerwise.Walk(rewriter.program, layerwise.batches(self, rewriter, ctx, self.samples), grids).run(visit)
-        for unit, change in found.items():
-            assert change.weight is not None
-            weight_grid.move_weight(rewriter, grids[unit], change.weight)
-            if change.bias is not None:
-                weight_grid.move_bias(rewriter, unit, change.bias)
+        weight_grid.carry_out(rewriter, grids, found)
         layerwise.note_outputs(self, rewriter, ctx, before)
-
-    def _candidates(self, rewriter: Rewriter) -> dict[fx.Node, WeightGrid]:
-        grids = {}
-        for unit in weight_grid.fake_quantized_units(rewriter):
-            if ops.kind(unit) != "linear":
-                rewriter.skip(unit, "gptq is for linears; ada-round takes convolutions too")
-                continue
-            found = weight_grid.find(rewriter, unit)
-            if isinstance(found, str):
-                rewriter.skip(unit, found)
-            elif not found.is_settled:
-                grids[unit] = found
-        return grids
 
     def _round(self, grid: WeightGrid, hessian: torch.Tensor) -> torch.Tensor | None:
         """The weight on its grid, or None where *hessian* cannot be inverted."""
@@ -142,6 +124,10 @@ class Gptq(Pass):
                     return upper
             damping *= _MORE_DAMPING
         return None
+
+
+def _refusal(unit: fx.Node) -> str | None:
+    return None if ops.kind(unit) == "linear" else "gptq is for linears; ada-round takes convolutions too"
 
 
 def second_moments(layer: Layer) -> torch.Tensor:

@@ -83,8 +83,8 @@ class InsertFakeQuant(Pass):
                 raise SpecError(f"overrides: {text!r} must read pattern=mode, with a mode of {', '.join(_MODES)}")
         if self.scheme != "auto":
             named(self.scheme)
-        if self.group_size < 2:
-            raise SpecError(f"group_size must be at least 2, not {self.group_size}")
+        self.require_at_least(2, "group_size")
+        self.require_at_least(0, "range_steps")
         if not -1 <= self.cosine <= 1:
             raise SpecError(f"cosine must be a similarity, from -1 to 1, not {self.cosine}")
         if self.weights == "int4" and self.activations != "none":

@@ -109,22 +109,22 @@ def weight(rewriter: Rewriter, unit: fx.Node, grid: Grid, *, per_channel: bool) 
     rewriter.rewire(unit, node, restored)
 
 
-def group_of(weight: torch.Tensor, group_size: int) -> int:
-    """Inputs in a group: *group_size*, or the next smaller number that divides them all."""
-    columns = weight.shape[1]
-    return next((s for s in range(min(group_size, columns), 1, -1) if columns % s == 0), 1)
+def group_of(weight: torch.Tensor, group_size: int, multiple: int) -> int:
+    """Inputs in a group: *group_size*, or the next smaller number that divides them all and is one of *multiple*.
 
-
-def grouped_weight(rewriter: Rewriter, unit: fx.Node, group_size: int) -> None:
-    """Fake-quantize the weight of a linear to int4, one scale for each group of inputs of one output.
-
-    See :func:`group_of`.
+    1 where there is none. A group that is the whole row may have any size.
     """
+    columns = weight.shape[1]
+    sizes = range(min(group_size, columns), 1, -1)
+    return next((s for s in sizes if columns % s == 0 and (s == columns or s % multiple == 0)), 1)
+
+
+def grouped_weight(rewriter: Rewriter, unit: fx.Node, size: int) -> None:
+    """Fake-quantize the weight of a linear to int4, one scale for each *size* inputs of one output."""
     node = ops.arguments(unit)["weight"]
     tensor = rewriter.tensor(node)
     assert tensor is not None
-    rows, size = len(tensor), group_of(tensor, group_size)
-    extent = tensor.detach().float().reshape(rows, -1, size).abs().amax(-1)
+    extent = tensor.detach().float().reshape(len(tensor), -1, size).abs().amax(-1)
     scale = rewriter.constant(f"{node.target}_scale", INT4.parameters(-extent, extent)[0].float())
     zeros = rewriter.constant(f"{node.target}_zero_point", torch.zeros(extent.shape, dtype=torch.int64))
     how = (scale, zeros, INT4.qmin, INT4.qmax, INT4.dtype, size)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.errors import PreconditionError
+from fxopt.errors import ArtifactError, PreconditionError
 from fxopt.execute import evaluate
 from fxopt.passes.insert_fake_quant.histogram import sample_stride
 from fxopt.passes.insert_fake_quant.insert import Range
@@ -93,7 +93,8 @@ def plot(layers: Sequence[LayerHistogram], path: str | os.PathLike[str]) -> None
     Counts are on a logarithmic scale. Red lines are the ends of the range that integers stand for.
 
     Raises:
-        PreconditionError: matplotlib is not installed, or there is nothing to show.
+        PreconditionError: matplotlib is not installed, or there is nothing to show. ArtifactError: an unknown format,
+            or *path* cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -112,7 +113,10 @@ def plot(layers: Sequence[LayerHistogram], path: str | os.PathLike[str]) -> None
             row[1].set_axis_off()
         else:
             _draw(row[1], layer.input, f"{layer.name}: input")
-    figure.savefig(path, dpi=80)
+    try:
+        figure.savefig(path, dpi=80)
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def _draw(axes: Any, counts: Counts, title: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
 import re
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import fx
@@ -20,6 +19,7 @@ from torch import fx
 from fxopt.execute import evaluate
 from fxopt.passes.insert_fake_quant.pictures import LayerHistogram, plot
 from fxopt.program import Program
+from fxopt.show import as_text
 
 _WEIGHT = re.compile(r"\.(folded_)?weight(_\w+)?$")  # of a module; passes name their weights after it
 
@@ -98,9 +98,7 @@ class Quality:
         plot(list(self.histograms.values()), path)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110)
-        console.print(self)
-        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+        return as_text(self)
 
     def __rich__(self) -> Group:
         done = [layer for layer in self.layers if layer.mode != "float"]

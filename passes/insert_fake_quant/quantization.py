@@ -92,13 +92,15 @@ class Quantization:
             else:
                 self.reasons[node.name] = reason
 
-        self._say_what_is_off()
+        self._say_what_is_off(already=any(quantized.is_dequantize(ops.arguments(unit)["weight"]) for unit in units))
 
-    def _say_what_is_off(self) -> None:
+    def _say_what_is_off(self, *, already: bool) -> None:
         """Warn of overrides that fit nothing, and where nothing at all is quantized."""
         for text in self.options.overrides:
             if text not in self.matched:
                 self._warn(f"insert-fake-quant: overrides: {text!r} fits no conv, linear or embedding")
+        if already and not self.reasons and not self.modes and not self.tables:
+            self._warn("insert-fake-quant: nothing is quantized; the graph has been already, in training or by a pass")
         if self.reasons and not self.modes and not self.tables:
             [(reason, count)] = Counter(self.reasons.values()).most_common(1)
             self._warn(f"insert-fake-quant: nothing is quantized; {count} of {len(self.reasons)} layers: {reason}")
@@ -131,9 +133,13 @@ class Quantization:
             return self.scheme.declined.get(what, f"scheme {self.scheme.name} has no int8 {what}")
         if mode != "static" and what != "linear":
             return f"activations={mode} is for linears"
-        if mode == "none" and self.options.weights == "int4" and insert.group_of(tensor, self.options.group_size) < 2:
-            return f"no group of up to {self.options.group_size} divides its {tensor.shape[1]} inputs"
+        if mode == "none" and self.options.weights == "int4" and self._group(tensor) < 2:
+            even = "even " if self.scheme.group_multiple == 2 else ""
+            return f"no {even}group of up to {self.options.group_size} divides its {tensor.shape[1]} inputs"
         return self.ctx.declines_int8(unit) if mode == "static" else None
+
+    def _group(self, weight: torch.Tensor) -> int:
+        return insert.group_of(weight, self.options.group_size, self.scheme.group_multiple)
 
     def _choose_by_latency(self, exact: Program) -> None:
         """Leave in float what the engine runs faster that way."""
@@ -197,7 +203,9 @@ class Quantization:
         units = {n: self.modes[n.name] for n in rewriter.nodes() if n.name in self.modes}
         for unit, mode in units.items():
             if mode == "none" and self.options.weights == "int4":
-                insert.grouped_weight(rewriter, unit, self.options.group_size)
+                tensor = rewriter.tensor(ops.arguments(unit)["weight"])
+                assert tensor is not None
+                insert.grouped_weight(rewriter, unit, self._group(tensor))
             else:
                 insert.weight(rewriter, unit, self.scheme.weight, per_channel=self.scheme.per_channel)
         insert.activations(rewriter, placement, self.scheme.activation, groups)

@@ -42,6 +42,7 @@ class Scheme:
         fused_activations: those that ride on a unit whose kernel cannot leave its result in float.
         dynamic: the engine is told how to quantize activations at each call; where it does that by itself given int8
             weights, only those are quantized.
+        group_multiple: what the size of a group of int4 weights must be a multiple of, where a row has several.
         declined: why a kind is left in float, for the report.
     """
 
@@ -56,6 +57,7 @@ class Scheme:
     float_results: frozenset[str] = frozenset({"conv", "linear"})
     fused_activations: frozenset[str] = frozenset({"relu", "hardtanh"})
     dynamic: bool = True
+    group_multiple: int = 1
     declined: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -78,6 +80,7 @@ OPENVINO = Scheme(
     units=frozenset({"conv", "conv_transpose", "linear"}),
     elementwise=frozenset({"add", "mul", "avg_pool"}),
     dynamic=False,
+    group_multiple=2,  # of several groups of odd size its kernel reads other memory
 )
 TENSORRT = Scheme(
     "tensorrt",  # explicit quantization: s8, symmetric; the residual add wants both operands quantized

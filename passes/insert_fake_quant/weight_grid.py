@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx
 
 from fxopt import ops, quantized
+from fxopt.passbase import Pass
+from fxopt.passes.insert_fake_quant.layerwise import Change
 from fxopt.rewriter import Rewriter
 
 # How far from a grid point, in steps, float32 leaves a value that was computed to lie there.
@@ -51,11 +55,37 @@ class WeightGrid:
         return bool(((self.weight - self.nearest()).abs() <= _OFF_GRID * self.scale).all())
 
 
-def fake_quantized_units(rewriter: Rewriter) -> list[fx.Node]:
-    """The convs and linears whose weight is quantized, in graph order."""
+def fake_quantized_units(one: Pass, rewriter: Rewriter) -> list[fx.Node]:
+    """The convs and linears whose weight is quantized, in graph order; a warning where *one* has none to work on."""
     kinds = ("conv", "conv_transpose", "linear")
     units = [node for node in rewriter.nodes() if ops.kind(node) in kinds]
-    return [unit for unit in units if quantized.is_dequantize(ops.arguments(unit)["weight"])]
+    found = [unit for unit in units if quantized.is_dequantize(ops.arguments(unit)["weight"])]
+    if units and not found:
+        text = f"{one.name} does nothing: no weight is quantized. Put insert-fake-quant before it"
+        rewriter.note(text)
+        warnings.warn(text, stacklevel=2)
+    return found
+
+
+def movable(one: Pass, rewriter: Rewriter, refusal: Callable[[fx.Node], str | None]) -> dict[fx.Node, WeightGrid]:
+    """The units whose weight *one* may move on its grid and has not yet; others are left alone, for the reason."""
+    grids = {}
+    for unit in fake_quantized_units(one, rewriter):
+        found = refusal(unit) or find(rewriter, unit)
+        if isinstance(found, str):
+            rewriter.skip(unit, found)
+        elif not found.is_settled:
+            grids[unit] = found
+    return grids
+
+
+def carry_out(rewriter: Rewriter, grids: Mapping[fx.Node, WeightGrid], changes: Mapping[fx.Node, Change]) -> None:
+    """Move the weights, and the biases beside them."""
+    for unit, change in changes.items():
+        if change.weight is not None:
+            move_weight(rewriter, grids[unit], change.weight)
+        if change.bias is not None:
+            move_bias(rewriter, unit, change.bias)
 
 
 def find(rewriter: Rewriter, unit: fx.Node) -> WeightGrid | str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import warnings
 from typing import ClassVar, Literal
 
 from fxopt.errors import SpecError
@@ -73,8 +74,7 @@ class PruneChannels(Pass):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise SpecError(f"prune-channels: {name} is the share to keep, above 0 and at most 1, not {value}")
-        if self.multiple < 1:
-            raise SpecError(f"prune-channels: multiple must be at least 1, not {self.multiple}")
+        self.require_at_least(1, "multiple")
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Find groups, choose, cut.
@@ -83,6 +83,7 @@ class PruneChannels(Pass):
             PassError: a shape does not come out as planned. PreconditionError: a budget cannot be reached.
         """
         groups = find_groups(rewriter.program)
+        self._say_what_is_off(rewriter, groups)
         dense = budget.macs(groups.coupling, {}), budget.parameters(groups.coupling, {})
         plan = self._plan(rewriter, groups, dense)
         indices = plan.resolve(groups)
@@ -103,16 +104,19 @@ class PruneChannels(Pass):
         def plan(ratio: float) -> PruningPlan:
             return choose(chosen, scored, ratio, self.multiple, together=self.scope == "global")
 
-        again = any(surgery.CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr"))
-        if again and (self.macs is not None or self.params is not None):
+        counts = {"macs": (budget.macs, dense[0]), "params": (budget.parameters, dense[1])}
+        asked = [name for name in counts if getattr(self, name) is not None]
+        if not asked:
+            return plan(self.ratio)
+        [name] = asked
+        count, whole = counts[name]
+        if any(surgery.CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr")):
             return PruningPlan(())  # the budget is a share of the dense model, and has been reached
-        if self.macs is not None:
-            share = lambda r: budget.macs(groups.coupling, plan(r).resolve(groups)) / max(1, dense[0])  # noqa: E731
-            return plan(budget.solve(self.macs, share, "macs"))
-        if self.params is not None:
-            share = lambda r: budget.parameters(groups.coupling, plan(r).resolve(groups)) / max(1, dense[1])  # noqa: E731
-            return plan(budget.solve(self.params, share, "params"))
-        return plan(self.ratio)
+
+        def share(ratio: float) -> float:
+            return count(groups.coupling, plan(ratio).resolve(groups)) / max(1, whole)
+
+        return plan(budget.solve(getattr(self, name), share, name))
 
     def _candidates(self, groups: Groups) -> list[Group]:
         around = nested(groups.prunable)
@@ -132,3 +136,12 @@ class PruneChannels(Pass):
                 continue
             found.append(group)
         return found
+
+    def _say_what_is_off(self, rewriter: Rewriter, groups: Groups) -> None:
+        """Warn of patterns that fit no parameter of any group."""
+        names = {name for group in groups.all for name in groups_of(group.members)}
+        for pattern in self.keep:
+            if not fnmatch.filter(names, pattern):
+                text = f"prune-channels: keep: {pattern!r} fits no parameter, such as {min(names, default='')!r}"
+                rewriter.note(text)
+                warnings.warn(text, stacklevel=2)

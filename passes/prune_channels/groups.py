@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from fxopt.passes.prune_channels.coupling import Coupling, Member, groups_of
 from fxopt.passes.prune_channels.dims import Atom, Product, atoms, resolve
 from fxopt.passes.prune_channels.rules import rule_of
 from fxopt.program import Program
+from fxopt.show import as_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +52,7 @@ class Groups:
         return [group for group in self.all if not group.reason]
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+        return as_text(self)
 
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")

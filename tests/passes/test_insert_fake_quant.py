@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import fxopt
 from fxopt import ops, quantized
-from fxopt.errors import PassError, PreconditionError, SpecError, VerifyError
+from fxopt.errors import InputError, PreconditionError, SpecError, VerifyError
 from fxopt.program import Program
 from fxopt.testing import Checked, check_pass
 
@@ -227,7 +227,7 @@ def test_static_activations_need_calibration_data() -> None:
 def test_calibration_data_that_is_not_finite_is_an_error(bad: float) -> None:
     data = batches(2, 3, 16, 16)
     data[0][0][0, 0, 0, 0] = bad
-    with pytest.raises(PassError, match="an input is not finite"):
+    with pytest.raises(InputError, match="an input is not finite"):
         quantize(Residual(), calibration=data)
 
 

@@ -30,6 +30,49 @@ def compiled(model: nn.Module, options: str, inputs: Any = X, **more: Any) -> fx
     return fxopt.compile(model.eval(), example_inputs=inputs, passes=spec, backend="onnx", **more)
 
 
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("activations", ["static", "dynamic", "none"])
+def test_a_vector_is_no_matrix(backend: str, activations: str) -> None:
+    model, x = linears(), torch.randn(256)
+    spec = f"insert-fake-quant{{activations={activations}}}"
+    data = [(torch.randn(256),) for _ in range(4)]
+    result = fxopt.compile(model, example_inputs=(x,), passes=spec, calibration=data, backend=backend)(x)
+    assert result.shape == (10,)
+    assert torch.nn.functional.cosine_similarity(result, model(x), 0) > 0.99
+
+
+@pytest.mark.parametrize("columns", [33, 35, 77])
+def test_openvino_and_groups_of_odd_size(columns: int) -> None:
+    """Its kernel reads other memory; a group that is a whole row is right."""
+    model, x = nn.Sequential(nn.Linear(columns, 64)).eval(), torch.randn(5, columns)
+
+    def layer(options: str, backend: str = "openvino") -> Any:
+        spec = f"insert-fake-quant{{activations=none,weights=int4{options}}}"
+        compiled = fxopt.compile(model, example_inputs=(x,), passes=spec, backend=backend)
+        assert torch.nn.functional.cosine_similarity(compiled(x).flatten(), model(x).flatten(), 0) > 0.98
+        return compiled.report.quantization.layers[0]
+
+    assert layer("").mode == "weight-only"
+    assert "no even group" in layer(",group_size=32").reason
+    assert layer(",group_size=32", "onnx").mode == "weight-only"
+    with pytest.raises(fxopt.UnsupportedOp, match="odd size"):
+        layer(",group_size=32,scheme=onnxruntime")
+
+
+def test_int4_weights_come_back_from_the_file_as_they_went_in() -> None:
+    spec = "insert-fake-quant{activations=none,weights=int4}"
+    result = fxopt.compile(linears(), example_inputs=X, passes=spec, backend="onnx", verify=False)
+    with torch.no_grad():
+        [again] = result.graph(*X)
+    assert torch.nn.functional.cosine_similarity(again.flatten(), result(*X).flatten(), 0) > 0.9999
+
+
+@pytest.mark.parametrize("name", ["ada-round", "gptq", "bias-correction"])
+def test_a_method_without_anything_quantized_says_so(name: str) -> None:
+    with pytest.warns(UserWarning, match=f"{name} does nothing: no weight is quantized"):
+        fxopt.compile(linears(), example_inputs=X, passes=name, backend="torch", calibration=[X] * 3)
+
+
 def linears() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10, bias=False))
