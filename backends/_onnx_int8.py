@@ -67,6 +67,9 @@ def match_kernels(model: onnx_ir.Model, *, float_biases: bool) -> None:
                 _quantize_bias(model, node)
         elif node.op_type == "ReduceMean":
             _pool(model, node)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():  # a bias in float, of which there are integers now
+            del model.graph.initializers[name]
 
 
 def _quantize_bias(model: onnx_ir.Model, node: onnx_ir.Node) -> None:

@@ -77,10 +77,15 @@ def fuse_dynamic(program: Program) -> None:
 
 
 def _fuse(rewriter: Rewriter, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> None:
-    q = rewriter.tensor(weight.args[0])
+    source = weight.args[0]
+    q = rewriter.tensor(source)
     if q is None:
         return
-    transposed = rewriter.constant(f"{weight.args[0].target}_t", q.t().contiguous())  # type: ignore[union-attr]
+    assert isinstance(source, fx.Node)
+    if len(source.users) > 1:  # an embedding looks rows up: the file holds it once
+        transposed = rewriter.call(torch.ops.aten.permute.default, (source, [1, 0]), before=node)
+    else:
+        transposed = rewriter.constant(f"{source.target}_t", q.t().contiguous())
     target = torch.ops.fxopt.dynamic_linear.default
     rewriter.replace(node, rewriter.call(target, (x, transposed, weight.args[1], bias), before=node))
 

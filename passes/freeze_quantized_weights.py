@@ -29,8 +29,10 @@ class FreezeQuantizedWeights(Pass):
         return "it leaves integers: the compile() of the prepared model runs it"
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
-        """One sweep; a weight that only its quantize reads leaves the program."""
+        """One sweep; a weight that only its quantize reads leaves the program. What is equal is stored once."""
         from fxopt import quantized
+
+        frozen: dict[fx.Node, list[tuple[torch.Tensor, fx.Node]]] = {}
 
         for node in rewriter.nodes():
             if not quantized.is_quantize(node) or any(rewriter.tensor(n) is None for n in node.all_input_nodes):
@@ -40,6 +42,11 @@ class FreezeQuantizedWeights(Pass):
             with torch.no_grad():
                 value: torch.Tensor = node.target(*args, **node.kwargs)
             source = node.all_input_nodes[0]
+            same = [n for v, n in frozen.get(source, ()) if v.dtype is value.dtype and torch.equal(v, value)]
+            if same:  # a table whose embedding and whose linear are quantized alike
+                rewriter.replace(node, same[0])
+                continue
             new = rewriter.constant(f"{source.target}_{str(value.dtype).removeprefix('torch.')}", value)
             new.meta = {**node.meta, "val": new.meta["val"]}
             rewriter.replace(node, new)
+            frozen.setdefault(source, []).append((value, new))
