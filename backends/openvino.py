@@ -66,8 +66,8 @@ class OpenVinoBackend(Backend):
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
-        precision: "f32" or "bf16" for the whole model; None for bf16 where the program computes in it, or is quantized
-            and the target has bf16, else fp32.
+        precision: "f32" or "bf16" for the whole model; None for bf16 where the program computes in it, or was quantized
+            after training and the target has bf16, else fp32.
     """
 
     name: ClassVar[str] = "openvino"
@@ -97,8 +97,10 @@ class OpenVinoBackend(Backend):
         _refuse(program)
         bounds = integer_bounds(program)
         low = _computes_low(program)
-        # What a quantized model leaves in float has no use for more precision than its integers give it.
-        fast = low or (is_quantized(program) and torch.bfloat16 in target.native_dtypes)
+        # What quantization leaves in float has no use for more precision than its integers give it, unless training has
+        # adapted to them: then the engine computes what was trained.
+        rounded = is_quantized(program) and not any(node.meta.get(ops.TRAINED) for node in program.graph.nodes)
+        fast = low or (rounded and torch.bfloat16 in target.native_dtypes)
         if low:
             _widen(program)
         file = export(program, bounds=bounds, float_biases=True)  # the same kernels, and nothing is rounded

@@ -23,6 +23,8 @@ Precision = Literal["low", "full", "follow", "same"]
 Activation = tuple[str, tuple[float, ...]]
 aten = torch.ops.aten
 
+TRAINED = "fxopt_trained"  # in the meta of a quantize: training has adapted the model to its rounding
+
 _KINDS = {
     "conv": "conv1d conv2d conv3d",
     "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d",

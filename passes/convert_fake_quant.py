@@ -55,6 +55,7 @@ class ConvertFakeQuant(Pass):
         for node in marks:
             x, *how = node.args
             q = rewriter.call(quantized.QUANTIZE, (x, *how), before=node)
+            q.meta[ops.TRAINED] = True
             rewriter.replace(node, rewriter.call(quantized.DEQUANTIZE, (q, *how), before=node))
         done: dict[fx.Node, fx.Node] = {}
         for unit in rewriter.nodes():

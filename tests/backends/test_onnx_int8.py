@@ -64,7 +64,7 @@ def kernels(model: Any, folder: Path) -> Counter[str]:
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(F.cosine_similarity(a.flatten(), b.flatten(), 0))
+    return float(F.cosine_similarity(a.detach().flatten(), b.detach().flatten(), 0))
 
 
 def test_every_convolution_and_linear_of_a_cnn_is_integer(tmp_path: Path) -> None:
