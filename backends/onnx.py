@@ -25,6 +25,7 @@ from fxopt.program import Program
 from fxopt.target import Target
 
 _PROVIDER = "CPUExecutionProvider"
+_SLOWER = ["SkipLayerNormFusion"]  # its kernel takes six times as long as Add and LayerNormalization
 _NO_BF16 = {"conv", "conv_transpose", "linear", "matmul", "attention", "activation", "norm", "batch_norm"}
 
 
@@ -112,7 +113,9 @@ class OnnxBackend(Backend):
         options.intra_op_num_threads = self.threads or torch.get_num_threads()
         options.log_severity_level = 4  # what fails is raised
         try:
-            return onnxruntime.InferenceSession(str(file.path), options, providers=[_PROVIDER])
+            return onnxruntime.InferenceSession(
+                str(file.path), options, providers=[_PROVIDER], disabled_optimizers=_SLOWER
+            )
         except Exception as error:
             raise UnsupportedOp(f"onnxruntime cannot run this model: {file.explain(error)}") from error
 

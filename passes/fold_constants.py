@@ -1,6 +1,7 @@
 """What depends on constants alone is computed once, at compile time.
 
     add(@a, @b)   →   @c          arange(0, 128)   →   @arange
+    attention(q, k, v, mask=expand(@ones))   →   attention(q, k, v)
 
 Bounded: a result larger than its constant inputs by more than ``limit`` bytes stays an op (a mask expanded from a
 vector is cheaper to make than to keep). A buffer that the model mutates is no constant. What the model returns is
@@ -46,6 +47,11 @@ class FoldConstants(Pass):
                 rewriter.skip(node, "its value goes out to the caller, who may write to it")
             else:
                 self._fold(node, rewriter)
+        for node in rewriter.nodes():
+            if ops.kind(node) == "attention" and _masks_nothing(ops.arguments(node)["attn_mask"], rewriter):
+                kwargs = {key: value for key, value in node.kwargs.items() if key != "attn_mask"}
+                args = (*node.args[:3], None, *node.args[4:])
+                rewriter.replace(node, rewriter.call(node.target, args, kwargs, before=node))  # type: ignore[arg-type]
 
     def _fold(self, node: fx.Node, rewriter: Rewriter) -> None:
         values = {n: rewriter.tensor(n) for n in node.all_input_nodes}
@@ -61,6 +67,20 @@ class FoldConstants(Pass):
         new = rewriter.constant(node.name, value)
         new.meta = {**node.meta, "val": new.meta["val"]}
         rewriter.replace(node, new)
+
+
+def _masks_nothing(mask: fx.Node | None, rewriter: Rewriter) -> bool:
+    """Whether *mask* lets every key through: True everywhere, or zeros to add; as for input without padding."""
+    while isinstance(mask, fx.Node) and ops.kind(mask) in ("shape", "identity"):
+        mask = mask.args[0]  # type: ignore[assignment]
+    if mask is None:
+        return False
+    boolean, packet = mask.meta["val"].dtype is torch.bool, ops.packet(mask)
+    if packet in ("ones", "zeros", "full"):  # of a size that is not known
+        value = mask.args[1] if packet == "full" else int(packet == "ones")
+        return not isinstance(value, fx.Node) and bool(value) is boolean
+    tensor = rewriter.tensor(mask)
+    return tensor is not None and bool(tensor.all() if boolean else not tensor.any())
 
 
 def _is_constant(node: fx.Node, rewriter: Rewriter) -> bool:

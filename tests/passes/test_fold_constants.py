@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fxopt import testing, verify
+from fxopt import ops, testing, verify
 from fxopt.passes.fold_constants import FoldConstants
 from tests.passes.models import Model
 
@@ -83,3 +85,42 @@ def test_several_results_of_one_op_are_right() -> None:
 def test_a_parametrized_weight_is_computed_once() -> None:
     model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
     assert check(model, torch.randn(2, 4)).ops() == ["aten.linear"]
+
+
+def attention(mask: Any) -> Model:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = F.scaled_dot_product_attention(x, x, x, attn_mask=mask(m, x))
+        return result
+
+    return Model(forward, visible=torch.ones(8, 8, dtype=torch.bool), zeros=torch.zeros(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda m, x: m.visible,
+        lambda m, x: m.visible[None, None].expand(x.shape[0], 4, 8, 8),
+        lambda m, x: torch.ones(x.shape[0], 1, 1, 8, dtype=torch.bool).expand(-1, -1, 8, -1),
+        lambda m, x: m.zeros.expand(4, -1, -1),
+    ],
+)
+@pytest.mark.parametrize("shapes", [None, {"args": ({0: "batch"},)}])
+def test_a_mask_that_masks_nothing_goes(mask: Any, shapes: Any) -> None:
+    checked = testing.check_pass("fold-constants", attention(mask), (torch.randn(2, 4, 8, 16),), dynamic_shapes=shapes)
+    assert checked.ops() == ["aten.scaled_dot_product_attention"]
+    assert not checked.program.constants
+    assert checked.difference.error <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda m, x: m.visible.tril(),
+        lambda m, x: m.zeros + torch.eye(8),
+        lambda m, x: (x[..., 0] > 0)[:, :, None, :],
+    ],
+)
+def test_a_mask_that_masks_something_stays(mask: Any) -> None:
+    checked = check(attention(mask), torch.randn(2, 4, 8, 16))
+    [node] = [n for n in checked.program.graph.nodes if n.name.startswith("scaled_dot_product_attention")]
+    assert ops.arguments(node)["attn_mask"] is not None
