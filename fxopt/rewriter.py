@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fxopt import ops
 from fxopt.errors import PassError
@@ -146,7 +148,7 @@ class Rewriter:
         self.erase(old)
 
     def resize(self, constants: Mapping[str, torch.Tensor], arguments: Mapping[fx.Node, Mapping[str, Any]]) -> None:
-        """Give constants other shapes and calls other arguments, all at once; every value is inferred anew.
+        """Give constants other shapes and calls other arguments, all at once; what depends on them is inferred anew.
 
         Raises:
             PassError: a call does not fit its arguments any more.
@@ -156,15 +158,24 @@ class Rewriter:
             for name, value in changed.items():
                 ops.set_argument(node, name, value)
         self.edits += len(constants) + len(arguments)
+        affected = set(arguments)
         for node in self.program.graph.nodes:
             if node.op == "get_attr" and str(node.target) in constants:
                 value = self.program.constants[str(node.target)]
                 node.meta["val"] = self._mode.from_tensor(value.detach(), static_shapes=True)
-            elif node.op == "call_function" and "val" in node.meta:
+                affected.add(node)
+            elif (
+                node.op == "call_function"
+                and "val" in node.meta
+                and not affected.isdisjoint({node, *node.all_input_nodes})
+            ):
+                before = layout(node.meta["val"])
                 try:
                     node.meta["val"] = infer(node, self._mode)
                 except Exception as error:
                     raise PassError(f"{node.name} does not fit the new sizes: {error}") from error
+                if layout(node.meta["val"]) != before:
+                    affected.add(node)
 
     def erase(self, node: fx.Node) -> None:
         """Erase *node* if nobody uses it, then its inputs likewise. Inputs of the model and constants stay."""
@@ -190,5 +201,11 @@ def infer(node: fx.Node, mode: FakeTensorMode) -> Any:
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     assert callable(node.target)
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():  # kernels of composite ops may refuse dynamic sizes
         return node.target(*args, **kwargs)
+
+
+def layout(value: Any) -> list[str]:
+    """Sizes and strides of the tensors in a fake value, and the numbers in it."""
+    leaves = pytree.tree_leaves(value)
+    return [f"{list(v.shape)} {v.stride()}" if isinstance(v, torch.Tensor) else str(v) for v in leaves]

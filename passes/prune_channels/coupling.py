@@ -14,8 +14,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 from fxopt import ops
 from fxopt.passes.prune_channels.dims import Atom, Dim, Fixed, atoms, freeze, kept, positions
@@ -39,9 +42,27 @@ class Member:
     axis: int
     dim: Dim
 
+    @property
+    def key(self) -> str:
+        """Parameter and axis as text."""
+        return f"{self.constant}:{self.axis}"
+
     def index(self, atom: Atom) -> torch.Tensor:
         """Which index of *atom* each position of the axis belongs to, −1 for none: i64[size]."""
         return positions(self.dim, atom)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Computed:
+    """A size among arguments that the graph computes from the sizes of inputs.
+
+    Attributes:
+        node: what computes it.
+        dim: what it has to be: *node* gives the size of all of it.
+    """
+
+    node: fx.Node
+    dim: Dim
 
 
 class Coupling:
@@ -72,18 +93,25 @@ class Coupling:
             if str(node.target) in {back.constant for back in self.program.signature.writebacks}:
                 self.freeze(node, "the model writes to it")
         elif ops.kind(node) != "assert":
-            rule = rules(node)
-            try:
-                found = None if rule is None else rule(self, node, _arguments(node))
-            except (IndexError, KeyError, TypeError, ValueError):  # an odd use of the op, which the rule does not know
-                found = None
-            if found is None:
-                where = source_line(node)
-                reason = f"{ops.packet(node) or node.name} cannot be followed" + (f" ({where})" if where else "")
-                for source in node.all_input_nodes:
-                    self.freeze(source, reason)
-                found = self.fixed(value, reason)
-            self.axes[node] = found
+            self.axes[node] = self._found(node, rules(node))
+
+    def _found(self, node: fx.Node, rule: Rule | None) -> Any:
+        """What *rule* says of a call; where it says nothing, what the call reads is frozen."""
+        value = node.meta.get("val")
+        try:
+            found = None if rule is None or _is_data_dependent(node) else rule(self, node, _arguments(node))
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+            found = None  # an odd use of the op, which the rule does not know
+        if found is not None and _sizes(found) == _sizes(self.fixed(value)):
+            return found
+        self.sizes.pop(node, None)
+        where = source_line(node)
+        reason = f"{ops.packet(node) or node.name} cannot be followed" + (f" ({where})" if where else "")
+        for source in node.all_input_nodes:
+            self.freeze(source, reason)
+        for dim in _flat(found or []):
+            freeze(dim, reason)
+        return self.fixed(value, reason)
 
     def of(self, node: object) -> Axes:
         """The axes of a tensor; of a number, none."""
@@ -106,7 +134,7 @@ class Coupling:
     def fixed(self, value: Any, reason: str = "") -> Any:
         """Axes that stay, for a fake value."""
         if isinstance(value, torch.Tensor):
-            return [Fixed(hint(size), reason) for size in value.shape]
+            return [Fixed(hint(n), reason, None if isinstance(n, int) else n.node.expr) for n in value.shape]
         return [self.fixed(part, reason) for part in value] if isinstance(value, (tuple, list)) else []
 
     def members(self) -> dict[Atom, list[Member]]:
@@ -129,8 +157,32 @@ class Coupling:
 
 
 def hint(size: Any) -> int:
-    """A size for the example inputs."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A size for the example inputs; for one that depends on values, any that no other size is likely to have."""
+    if isinstance(size, int):
+        return size
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    shapes, symbols = size.node.shape_env, size.node.expr.free_symbols
+    return int(size.node.expr.xreplace({s: sympy.Integer(shapes.backed_var_to_val.get(s, _UNKNOWN)) for s in symbols}))
+
+
+_UNKNOWN = 8191
+
+
+def _is_data_dependent(node: fx.Node) -> bool:
+    """Whether the call gives sizes that depend on values, not on sizes."""
+    return bool(_unbacked(node) - {s for source in node.all_input_nodes for s in _unbacked(source)})
+
+
+def _unbacked(node: fx.Node) -> set[Any]:
+    values = pytree.tree_leaves(node.meta.get("val"))
+    sizes = [n for v in values for n in (v.shape if isinstance(v, torch.Tensor) else [v])]
+    symbols = {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+    return {s for s in symbols if free_unbacked_symbols(s)}
+
+
+def _sizes(axes: Any) -> Any:
+    return [_sizes(one) if isinstance(one, list) else one.size for one in axes]
 
 
 def _constant(node: fx.Node, value: torch.Tensor) -> Axes:

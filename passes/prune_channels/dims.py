@@ -6,26 +6,34 @@
     channel shuffle                g · c  →  c · g
 
 An atom is a set of indices that are removed or kept one by one, wherever the atom occurs. What couples two axes (a
-residual add, a weight and what it multiplies) unifies their expressions; an atom that has to match a sum or a product
-becomes one, everywhere at once. What nobody may prune is fixed, with the reason.
+residual add, a weight and what it multiplies) unifies their expressions (``unification``); an atom that has to match a
+sum or a product becomes one, everywhere at once. What nobody may prune is fixed, with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """Indices that stay: positions, batches, kernels."""
+    """Indices that stay: positions, batches, kernels.
+
+    Attributes:
+        size: how many; of a size that depends on the inputs, how many for the example inputs.
+        reason: why they stay, or "".
+        exact: a size that depends on the inputs as an expression; None for one that does not.
+    """
 
     size: int
     reason: str = ""
+    exact: Any = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,7 +80,6 @@ class Product:
 
 
 Dim: TypeAlias = Fixed | Atom | Sum | Product
-_Split: TypeAlias = Callable[[Dim, int], Sequence[Dim] | None]
 
 
 def resolve(dim: Dim) -> Dim:
@@ -86,22 +93,39 @@ def resolve(dim: Dim) -> Dim:
         part = resolve(part)
         parts.extend(part.parts if type(part) is type(dim) else [part])
     if isinstance(dim, Product):
-        parts = _merged((part for part in parts if part.size != 1), int.__mul__) or [Fixed(1)]
+        parts = _merged((part for part in parts if part.size != 1), operator.mul) or [Fixed(1)]
         return parts[0] if len(parts) == 1 else Product(tuple(parts))
-    parts = _merged((part for part in parts if part.size != 0), int.__add__) or [Fixed(0)]
+    parts = _merged((part for part in parts if part.size != 0), operator.add) or [Fixed(0)]
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
 
 
-def _merged(parts: Iterable[Dim], combine: Callable[[int, int], int]) -> list[Dim]:
+def _merged(parts: Iterable[Dim], combine: Callable[[Any, Any], Any]) -> list[Dim]:
     """*parts* with neighbours that are both fixed as one."""
     result = list[Dim]()
     for part in parts:
         last = result[-1] if result else None
         if isinstance(part, Fixed) and isinstance(last, Fixed):
-            result[-1] = Fixed(combine(last.size, part.size), last.reason or part.reason)
+            known = last.exact is None and part.exact is None
+            whole = None if known else combine(exact(last), exact(part))
+            result[-1] = Fixed(combine(last.size, part.size), last.reason or part.reason, whole)
         else:
             result.append(part)
     return result
+
+
+def exact(dim: Dim) -> Any:
+    """The size of *dim*, as an expression where it depends on the inputs."""
+    dim = resolve(dim)
+    if isinstance(dim, Fixed) and dim.exact is not None:
+        return dim.exact
+    if isinstance(dim, (Fixed, Atom)):
+        return dim.size
+    return (sum if isinstance(dim, Sum) else math.prod)(map(exact, dim.parts))
+
+
+def is_dynamic(dim: Dim) -> bool:
+    """Whether the size of *dim* depends on the inputs."""
+    return not isinstance(exact(dim), int)
 
 
 def atoms(dim: Dim) -> Iterator[Atom]:
@@ -123,145 +147,6 @@ def factors(dim: Dim) -> list[Dim]:
     """*dim* as a product."""
     dim = resolve(dim)
     return list(dim.parts) if isinstance(dim, Product) else [dim]
-
-
-def unify(a: Dim, b: Dim, reason: str) -> None:
-    """Make *a* and *b* the same indices; where their structures cannot be matched, both are frozen for *reason*."""
-    a, b = resolve(a), resolve(b)
-    if a is b:
-        return
-    if a.size != b.size:
-        freeze(a, reason)
-        freeze(b, reason)
-    elif isinstance(a, Fixed) or isinstance(b, Fixed):
-        for one, other in ((a, b), (b, a)):
-            freeze(one, (other.reason if isinstance(other, Fixed) else "") or reason)
-    elif isinstance(a, Atom) and isinstance(b, Atom):
-        a.frozen, a.mixed = a.frozen or b.frozen, a.mixed or b.mixed
-        b.value = a
-    elif isinstance(a, Atom) or isinstance(b, Atom):
-        atom, other = (a, b) if isinstance(a, Atom) else (b, a)
-        assert isinstance(atom, Atom)
-        _define(atom, other, reason)
-    elif isinstance(a, Product) and isinstance(b, Product):
-        _unify_parts(list(a.parts), list(b.parts), split_product, reason)
-    elif isinstance(a, Sum) and isinstance(b, Sum):
-        _unify_parts(list(a.parts), list(b.parts), lambda d, n: split_sum(d, [n, d.size - n]), reason)
-    else:
-        freeze(a, reason)
-        freeze(b, reason)
-
-
-def _define(atom: Atom, other: Dim, reason: str) -> None:
-    inside = list(atoms(other))
-    if atom in inside:
-        freeze(other, reason)
-        return
-    for one in inside:
-        one.mixed = one.mixed or atom.mixed
-    if atom.frozen:
-        freeze(other, atom.frozen)
-    atom.value = other
-
-
-def _unify_parts(a: list[Dim], b: list[Dim], split: _Split, reason: str) -> None:
-    """Match two products, or two sums, part by part; the larger of two parts is split."""
-    while a and b:
-        x, y = resolve(a.pop(0)), resolve(b.pop(0))
-        if x.size != y.size:
-            big, small, rest = (x, y, a) if x.size > y.size else (y, x, b)
-            parts = split(big, small.size)
-            if parts is None:
-                for dim in (x, y, *a, *b):
-                    freeze(dim, reason)
-                return
-            rest.insert(0, parts[1])
-            x, y = parts[0], small
-        unify(x, y, reason)
-
-
-def split_product(dim: Dim, outer: int) -> tuple[Dim, Dim] | None:
-    """*dim* as *outer* times the rest, in that order; None where it has another structure."""
-    dim = resolve(dim)
-    if outer <= 0 or dim.size % outer:
-        return None
-    if outer == 1:
-        return Fixed(1), dim
-    if outer == dim.size:
-        return dim, Fixed(1)
-    if isinstance(dim, Fixed):
-        return Fixed(outer, dim.reason), Fixed(dim.size // outer, dim.reason)
-    if isinstance(dim, Atom):
-        parts = (Atom(outer, dim.name), Atom(dim.size // outer, dim.name))
-        _define(dim, Product(parts), "")
-        return parts
-    if isinstance(dim, Sum):
-        return _equal_parts(dim, outer)
-    taken, rest = list[Dim](), list(dim.parts)
-    left = outer
-    while left > 1:
-        part = rest.pop(0)
-        if left % part.size == 0:
-            taken.append(part)
-            left //= part.size
-            continue
-        pieces = split_product(part, left)
-        if pieces is None:
-            return None
-        taken.append(pieces[0])
-        rest.insert(0, pieces[1])
-        left = 1
-    return Product(tuple(taken)), Product(tuple(rest))
-
-
-def _equal_parts(dim: Sum, outer: int) -> tuple[Dim, Dim] | None:
-    """A sum of *outer* equal parts: they become one, repeated."""
-    parts = split_sum(dim, [dim.size // outer] * outer)
-    if parts is None:
-        return None
-    for part in parts[1:]:
-        unify(parts[0], part, "parts of a concatenation are viewed as one axis")
-    return Fixed(outer), parts[0]
-
-
-def split_sum(dim: Dim, sizes: Sequence[int]) -> list[Dim] | None:
-    """*dim* as a sum of parts of *sizes*; None where it has another structure."""
-    dim = resolve(dim)
-    if len(sizes) == 1:
-        return [dim]
-    if isinstance(dim, Fixed):
-        return [Fixed(size, dim.reason) for size in sizes]
-    if isinstance(dim, Atom):
-        parts = [Atom(size, dim.name) for size in sizes]
-        _define(dim, Sum(tuple(parts)), "")
-        return list(parts)
-    if isinstance(dim, Product):
-        return _split_outer(dim, sizes)
-    rest, result = list(dim.parts), list[Dim]()
-    for size in sizes:
-        taken = list[Dim]()
-        left = size
-        while left > 0:
-            part = resolve(rest.pop(0))
-            if part.size > left:
-                pieces = split_sum(part, [left, part.size - left])
-                if pieces is None:
-                    return None
-                part = pieces[0]
-                rest.insert(0, pieces[1])
-            taken.append(part)
-            left -= part.size
-        result.append(Sum(tuple(taken)))
-    return result
-
-
-def _split_outer(dim: Product, sizes: Sequence[int]) -> list[Dim] | None:
-    """Slices of a product along its first factor."""
-    first, inner = dim.parts[0], Product(dim.parts[1:])
-    if any(size % inner.size for size in sizes):
-        return None
-    parts = split_sum(first, [size // inner.size for size in sizes])
-    return None if parts is None else [Product((part, inner)) for part in parts]
 
 
 def kept(dim: Dim, plan: dict[Atom, torch.Tensor]) -> torch.Tensor:

@@ -71,7 +71,7 @@ def find_groups(program: Program) -> Groups:
     names: Counter[str] = Counter()
     found = []
     for atom, members in coupling.members().items():
-        name = f"{members[0].constant}:{members[0].axis}"
+        name = members[0].key
         names[name] += 1
         name += f"#{names[name]}" if names[name] > 1 else ""
         reason = atom.frozen or ("" if atom.size > 1 else "a single channel")

@@ -1,48 +1,50 @@
-"""Rules of ops that compute nothing: they move, repeat or choose values. See ``rules``."""
+"""Rules of ops that lay values out anew: shapes, orders, concatenations. See ``rules``."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.passes.prune_channels.coupling import Axes, Coupling, hint
+from fxopt.passes.prune_channels.coupling import Axes, Computed, Coupling
 from fxopt.passes.prune_channels.dims import (
     Atom,
     Dim,
     Fixed,
     Product,
     Sum,
+    atoms,
+    exact,
     factors,
     freeze,
+    is_dynamic,
     resolve,
-    split_product,
-    split_sum,
-    unify,
 )
+from fxopt.passes.prune_channels.unification import split_product, split_sum, unify
 
-aten = torch.ops.aten
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)
 
 
 def reshape(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """Factors in memory order stay in order: axes are split and merged where the new shape says so."""
-    pending = [factor for factor in factors(Product(tuple(c.of(node.args[0])))) if factor.size != 1]
-    shape = [hint(size) for size in node.meta["val"].shape]
-    if 0 in shape:
+    result = laid_out(c.of(node.args[0]), c.fixed(node.meta["val"]))
+    return None if result is None or not follow_sizes(c, node, a, result) else result
+
+
+def laid_out(x: Axes, shape: list[Fixed]) -> Axes | None:
+    """The axes of a value with axes *x* in another *shape*; None where no axes of *x* make up those."""
+    pending = [factor for factor in factors(Product(tuple(x))) if factor.size != 1]
+    if any(dim.size == 0 for dim in shape):
         return None
-    symbolic = any(not isinstance(size, int) for size in node.meta["val"].shape)
     result = list[Dim]()
-    for size in shape:
-        taken, left = list[Dim](), size
+    for dim in shape:
+        taken, left = list[Dim](), dim.size
         while left > 1:
             factor = resolve(pending.pop(0))
-            if factor.size > left and not isinstance(factor, Fixed) and symbolic:
-                return None  # where it is cut depends on a size that may change
             if factor.size > left:
                 parts = split_product(factor, left)
                 if parts is None:
@@ -53,33 +55,93 @@ def reshape(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
                 return None
             taken.append(factor)
             left //= factor.size
-        result.append(Product(tuple(taken)) if taken else Fixed(1))
-    _resize_shape(c, node, a, result)
-    return result
+        result.append(Product(tuple(taken)))
+    if pending:
+        return None
+    return _for_any_inputs(x, result, shape) if any(map(is_dynamic, [*x, *shape])) else result
 
 
-def _resize_shape(c: Coupling, node: fx.Node, a: dict[str, Any], result: Axes) -> None:
+def _for_any_inputs(x: Axes, result: Axes, shape: list[Fixed]) -> Axes | None:
+    """*result*, which fits *x* and *shape* for the example inputs, if it does so for all; else None."""
+    result = [_measured(dim, wanted) for dim, wanted in zip(result, shape, strict=True)]
+    sizes = [(exact(dim), exact(wanted)) for dim, wanted in zip(result, shape, strict=True)]
+    sizes += zip(_runs(x), _runs(result), strict=True)
+    return result if all(sympy.cancel(a - b) == 0 for a, b in sizes) else None
+
+
+def _measured(dim: Dim, wanted: Fixed) -> Dim:
+    """*dim*, its one fixed factor as large as it has to be for *wanted* with any inputs."""
+    parts = factors(dim)
+    fixed = [part for part in parts if isinstance(part, Fixed)]
+    if len(fixed) != 1:
+        return dim
+    others = exact(Product(tuple(part for part in parts if part is not fixed[0])))
+    size = sympy.cancel(sympy.sympify(exact(wanted)) / others)
+    size = None if size == fixed[0].size else size
+    return Product(tuple(Fixed(part.size, part.reason, size) if part is fixed[0] else part for part in parts))
+
+
+def _runs(dims: Axes) -> list[Any]:
+    """What is fixed before, between and after all others: that stays the same in another layout."""
+    runs: list[Any] = [1]
+    for factor in factors(Product(tuple(dims))):
+        if isinstance(factor, Fixed):
+            runs[-1] = runs[-1] * exact(factor)
+        else:
+            runs += [exact(factor), 1]
+    return runs
+
+
+def follow_sizes(c: Coupling, node: fx.Node, a: dict[str, Any], result: Axes) -> bool:
+    """Let the sizes that the call is given follow *result*; False where one is computed in a way that cannot."""
     for name in ("size", "shape", "sizes"):
         given = a.get(name)
         if not isinstance(given, (list, tuple)):
             continue
         first = a["dim"] % len(c.of(node.args[0])) if ops.packet(node) == "unflatten" else 0
-        dims = result[first : first + len(given)]
-        kept = (isinstance(size, int) and size > 0 for size in given)
-        c.resize(node, **{name: [dim if own else size for own, dim, size in zip(kept, dims, given, strict=True)]})
+        sizes = list[Any]()
+        for size, dim in zip(given, result[first : first + len(given)], strict=True):
+            if isinstance(size, fx.Node) and any(atoms(dim)):
+                if any(is_dynamic(part) for part in factors(dim) if not isinstance(part, Fixed)):
+                    return False
+                sizes.append(Computed(size, dim))
+            else:
+                sizes.append(dim if isinstance(size, int) and size > 0 else size)
+        c.resize(node, **{name: sizes})
+    return True
 
 
-def expand(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """Sizes of 1 are repeated; how often may change."""
-    x, shape = c.of(node.args[0]), [hint(size) for size in node.meta["val"].shape]
-    x = [Fixed(1)] * (len(shape) - len(x)) + x
-    sizes = node.meta["val"].shape
-    result = [
-        Atom(n, node.name) if dim.size == 1 and n > 1 and isinstance(size, int) else Fixed(n) if dim.size != n else dim
-        for dim, n, size in zip(x, shape, sizes, strict=True)
-    ]
-    _resize_shape(c, node, a, result)
+def view_as(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """In the shape of another, whatever that is by then."""
+    other = c.of(a["other"])
+    result = laid_out(c.of(a["self"]), c.fixed(node.meta["val"]))
+    for dim, wanted in zip(result or [], other, strict=True):
+        unify(dim, wanted, f"{node.name} views it as something of another structure")
     return result
+
+
+def squeeze(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """Axes of size 1 go. Those that may come to have size 1 do not: the call is then given the dims."""
+    x = c.of(node.args[0])
+    given = a.get("dim", range(len(x)))
+    dims = {d % len(x) for d in ([given] if isinstance(given, int) else given)} if x else set()
+    gone = sorted(d for d in dims if x[d].size == 1 and not is_dynamic(x[d]))
+    if any(any(atoms(x[d])) for d in dims):
+        c.resize(node, squeezed=gone)
+    return [dim for d, dim in enumerate(x) if d not in gone]
+
+
+def expand(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """Sizes of 1 are repeated; how often may change."""
+    x, shape = c.of(node.args[0]), c.fixed(node.meta["val"])
+    x = [Fixed(1)] * (len(shape) - len(x)) + x
+    result = list[Dim]()
+    for dim, wanted in zip(x, shape, strict=True):
+        if dim.size == 1 and wanted.size > 1 and not is_dynamic(wanted):
+            result.append(Atom(wanted.size, node.name))
+        else:
+            result.append(dim if dim.size == wanted.size else wanted)
+    return result if follow_sizes(c, node, a, result) else None
 
 
 def permute(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
@@ -114,7 +176,12 @@ def split(c: Coupling, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None:
     if ops.packet(node) == "unbind":
         freeze(x[at], f"{node.name} takes it apart")
         return [[*x[:at], *x[at + 1 :]] for _ in values]
-    parts = split_sum(x[at], [hint(value.shape[at]) for value in values])
+    if not any(atoms(x[at])):
+        return [[*x[:at], c.fixed(value)[at], *x[at + 1 :]] for value in values]
+    sizes = [value.shape[at] for value in values]
+    if is_dynamic(x[at]) or not all(isinstance(size, int) for size in sizes):
+        return None
+    parts = split_sum(x[at], sizes)
     if parts is None:
         return None
     c.resize(node, split_sizes=parts)
@@ -128,73 +195,6 @@ def getitem(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     if not isinstance(index, int) or not found or not isinstance(found[0], list):
         return None
     return list(found[index])
-
-
-def take(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """A slice is a part; any other choice keeps the axis that it chooses from."""
-    x, packet = c.of(node.args[0]), ops.packet(node)
-    at = a["dim"] % len(x)
-    if packet == "slice" and a["step"] == 1:
-        return _slice(c, node, a, x, at)
-    freeze(x[at], f"{node.name} chooses from it")
-    if packet == "select":
-        return [*x[:at], *x[at + 1 :]]
-    if packet == "gather":
-        for dim in [*x, *c.of(a["index"])]:
-            freeze(dim, f"{node.name} chooses from it")
-        return list(c.fixed(node.meta["val"]))
-    return [*x[:at], *c.fixed(node.meta["val"])[at : at + 1], *x[at + 1 :]]
-
-
-def _slice(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int) -> Axes | None:
-    whole, size = x[at].size, hint(node.meta["val"].shape[at])
-    if size == whole and isinstance(node.meta["val"].shape[at], int):
-        return x
-    if size == 0:
-        return [*x[:at], Fixed(0), *x[at + 1 :]]
-    given = a["start"]
-    if not (given is None or isinstance(given, int)) or not isinstance(node.meta["val"].shape[at], int):
-        freeze(x[at], f"{node.name} cuts it at a place that is computed")
-        return [*x[:at], Fixed(size), *x[at + 1 :]]
-    start = min(whole, (given or 0) + (whole if (given or 0) < 0 else 0))
-    sizes = [n for n in (start, size, whole - start - size) if n]
-    parts = split_sum(x[at], sizes)
-    if parts is None:
-        freeze(x[at], f"{node.name} cuts across its structure")
-        return [*x[:at], Fixed(size), *x[at + 1 :]]
-    part = parts[1 if start else 0]
-    if not isinstance(resolve(x[at]), Fixed):
-        before = parts[0] if start else Fixed(0)
-        c.resize(node, start=before, end=Sum((before, part)))
-    return [*x[:at], part, *x[at + 1 :]]
-
-
-def index(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """One index tensor in place of an axis, the others whole."""
-    x, chosen = c.of(a["self"]), [(i, one) for i, one in enumerate(a["indices"]) if one is not None]
-    for i, _ in chosen:
-        freeze(x[i], f"{node.name} chooses from it")
-    if len(chosen) != 1 or not c.is_tensor(chosen[0][1]) or chosen[0][1].meta["val"].dtype is torch.bool:
-        return None
-    at, by = chosen[0]
-    return [*x[:at], *c.of(by), *x[at + 1 :]]
-
-
-def pool(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Positions are pooled, channels are not."""
-    x, count = c.of(node.args[0]), int(ops.packet(node)[-2])
-    freeze(Product(tuple(x[-count:])), f"{node.name} pools it")
-    value = node.meta["val"]
-    one = value[0] if isinstance(value, (tuple, list)) else value
-    result = [*x[:-count], *c.fixed(one)[-count:]]
-    return [list(result) for _ in value] if isinstance(value, (tuple, list)) else result
-
-
-def resample(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """Batch and channels stay."""
-    x = c.of(node.args[0])
-    freeze(Product(tuple(x[2:])), f"{node.name} resamples it")
-    return [*x[:2], *c.fixed(node.meta["val"])[2:]]
 
 
 def pixel_shuffle(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
@@ -220,80 +220,39 @@ def channel_shuffle(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | Non
     return [x[0], Product((parts[1], parts[0])), *x[2:]]
 
 
-def along(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """What is done along some axes needs all of these: flip, roll, cumsum."""
-    x = c.of(node.args[0])
-    given = a.get("dims", a.get("dim"))
-    dims = [given] if isinstance(given, int) else given or range(len(x))
-    for d in dims:
-        freeze(x[d], f"{node.name} goes along it")
-    return x
-
-
-def pad(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """Axes that get a border stay."""
+def unfold(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """im2col: (n, c, h, w) → (n, c·k·k, positions); col2im: back."""
     x, out = c.of(node.args[0]), c.fixed(node.meta["val"])
-    border = {len(x) - 1 - i // 2 for i, size in enumerate(a["pad"]) if not isinstance(size, int) or size}
-    for d in border:
-        freeze(x[d], f"{node.name} puts a border around it")
-    return [out[d] if d in border else x[d] for d in range(len(x))]
-
-
-def repeat(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """All of an axis several times."""
-    out = c.fixed(node.meta["val"])
-    x = [Fixed(1)] * (len(out) - len(c.of(node.args[0]))) + c.of(node.args[0])
-    return [Product((Fixed(o.size // d.size), d)) for d, o in zip(x, out, strict=True)]
-
-
-def repeat_interleave(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """Each index of an axis several times."""
-    x = c.of(node.args[0])
-    if not isinstance(a.get("repeats"), int) or not isinstance(a.get("dim"), int):
+    if ops.packet(node) == "im2col":
+        freeze(Product(tuple(x[-2:])), f"{node.name} slides over it")
+        return [*x[:-3], Product((x[-3], Fixed(out[-2].size // x[-3].size))), out[-1]]
+    freeze(x[-1], f"{node.name} lays it out in space")
+    parts = split_product(x[-2], out[-3].size)
+    if parts is None:
         return None
-    return [Product((d, Fixed(a["repeats"]))) if i == a["dim"] % len(x) else d for i, d in enumerate(x)]
+    freeze(parts[1], f"{node.name} lays it out in space")
+    return [*x[:-2], parts[0], *out[-2:]]
 
 
-def triangle(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """Rows and columns have their places."""
-    x = c.of(node.args[0])
-    for dim in x[-2:]:
-        freeze(dim, f"{node.name} keeps a triangle")
-    return x
+def windows(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Tensor.unfold: windows along an axis, which become the last one."""
+    x, out = c.of(node.args[0]), c.fixed(node.meta["val"])
+    at = a["dimension"] % len(x)
+    freeze(x[at], f"{node.name} slides over it")
+    return [*x[:at], out[at], *x[at + 1 :], out[-1]]
 
 
-def create(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """A tensor of one value has any size."""
-    if node.all_input_nodes and any(c.is_tensor(n) for n in node.all_input_nodes):
-        like = node.args[0]
-        return c.of(like) if ops.packet(node).endswith("_like") else None
-    result: Axes = [
-        Atom(size, node.name) if isinstance(size, int) and size > 1 else Fixed(hint(size))
-        for size in node.meta["val"].shape
-    ]
-    if isinstance(a.get("size"), (list, tuple)) and math.prod(dim.size for dim in result) > 1:
-        _resize_shape(c, node, a, result)
-        return result
-    return list(c.fixed(node.meta["val"]))
-
-
-_SHAPES = "view reshape flatten unflatten _unsafe_view squeeze unsqueeze"
 _EACH: dict[Callable[..., Any], str] = {
-    reshape: _SHAPES,
+    reshape: "view reshape flatten unflatten _unsafe_view unsqueeze",
+    view_as: "view_as reshape_as",
+    squeeze: "squeeze",
     expand: "expand",
     permute: "permute transpose t movedim swapaxes numpy_T mT",
-    split: "split split_with_sizes chunk unbind unsafe_chunk",
-    take: "slice select index_select gather",
-    index: "index",
-    resample: "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest1d upsample_linear1d",
+    split: "split split_with_sizes chunk unbind unsafe_chunk unsafe_split tensor_split",
     pixel_shuffle: "pixel_shuffle pixel_unshuffle",
     channel_shuffle: "channel_shuffle native_channel_shuffle",
-    along: "roll flip cumsum cumprod",
-    pad: "pad constant_pad_nd",
-    repeat: "repeat",
-    repeat_interleave: "repeat_interleave",
-    triangle: "tril triu",
-    create: "zeros ones full zeros_like ones_like full_like empty_like arange",
+    unfold: "im2col col2im",
+    windows: "unfold",
 }
 BY_PACKET = {packet: rule for rule, packets in _EACH.items() for packet in packets.split()}
-BY_KIND: dict[str, Callable[..., Any]] = {"cat": cat, "pool": pool, "getitem": getitem}
+BY_KIND: dict[str, Callable[..., Any]] = {"cat": cat, "getitem": getitem}

@@ -1,33 +1,41 @@
-"""How each kind of op couples the axes of its inputs, and what axes its result has: convolutions, norms, products.
+"""How each kind of op couples the axes of its inputs, and what axes its result has: convolutions, norms, reductions.
 
 A rule gets the coupling, the node and its arguments by name, and returns the axes of the result, or None where it does
-not understand this use of the op. Ops that move values are in ``movement``.
+not understand this use of the op. Matrix products are in ``products``, ops that move
+values in ``movement`` and ``selection``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from fxopt import ops
-from fxopt.passes.prune_channels import movement
+from fxopt.passes.prune_channels import movement, products, selection
 from fxopt.passes.prune_channels.coupling import Axes, Coupling, Rule
-from fxopt.passes.prune_channels.dims import Dim, Fixed, Product, atoms, freeze, split_product, unify
+from fxopt.passes.prune_channels.dims import Dim, Fixed, Product, atoms, freeze
+from fxopt.passes.prune_channels.products import broadcast
+from fxopt.passes.prune_channels.unification import split_product, split_sum, unify
 
-_POINTWISE = {"add", "mul", "activation", "copy", "cast", "identity", "dropout"}
-_SUMS = {"sum"}
-_MIXES = {"mean", "var", "std", "var_mean", "linalg_vector_norm"}
+_POINTWISE = {"add", "mul", "activation", "copy", "identity", "dropout"}
+_SUMS = {"sum", "linalg_vector_norm"}  # zeros change nothing
+_MIXES = {"mean", "var", "std", "var_mean"}
 
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule for *node*, or None."""
-    packet, kind = ops.packet(node), ops.kind(node)
-    found = _BY_PACKET.get(packet) or movement.BY_PACKET.get(packet) or _BY_KIND.get(kind) or movement.BY_KIND.get(kind)
-    if found is None and (kind in _POINTWISE or ops.is_pointwise(node)):
-        return pointwise
-    return found
+    kind = ops.kind(node)
+    if kind == "bits":
+        return bits
+    for rules in (_BY_PACKET, products.BY_PACKET, movement.BY_PACKET, selection.BY_PACKET):
+        if ops.packet(node) in rules:
+            return rules[ops.packet(node)]
+    for rules in (_BY_KIND, products.BY_KIND, movement.BY_KIND, selection.BY_KIND):
+        if kind in rules:
+            return rules[kind]
+    return pointwise if kind in _POINTWISE or ops.is_pointwise(node) else None
 
 
 def pointwise(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
@@ -35,16 +43,34 @@ def pointwise(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     return broadcast([c.of(n) for n in node.all_input_nodes if c.is_tensor(n)], node.name)
 
 
-def broadcast(inputs: Sequence[Axes], name: str) -> Axes:
-    """The axes of tensors that are broadcast together, unified."""
-    rank = max((len(axes) for axes in inputs), default=0)
-    result = list[Dim]()
-    for i in range(-rank, 0):
-        dims = [axes[i] for axes in inputs if len(axes) >= -i and axes[i].size != 1]
-        for dim in dims[1:]:
-            unify(dims[0], dim, f"{name} reads it beside something of another structure")
-        result.append(dims[0] if dims else Fixed(1))
-    return result
+def cast(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """What it is; of another tensor only the dtype matters."""
+    return c.of(node.args[0])
+
+
+def bits(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """Other numbers with the same bits; elements of another width are cut or merged."""
+    same = node.meta["val"].dtype.itemsize == a["self"].meta["val"].dtype.itemsize
+    return c.of(a["self"]) if same else None
+
+
+def glu(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """One half of an axis gates the other."""
+    x = c.of(a["self"])
+    at = a["dim"] % len(x)
+    halves = split_sum(x[at], [x[at].size // 2] * 2)
+    if halves is None:
+        return None
+    unify(halves[0], halves[1], f"{node.name}: halves")
+    return [*x[:at], halves[0], *x[at + 1 :]]
+
+
+def prelu(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """A slope for all, or one by channel."""
+    x, weight = c.of(a["self"]), c.of(a["weight"])
+    if weight and weight[0].size != 1:
+        unify(x[1 if len(x) > 1 else 0], weight[0], f"{node.name}: slopes")
+    return x
 
 
 def conv(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
@@ -97,11 +123,14 @@ def linear(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 
 def batch_norm(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """Everything it has is by channel; so is instance_norm."""
+    """Everything it has is by channel, but for statistics that it takes of all positions; so is instance_norm."""
     x = c.of(a["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(a.get(name), fx.Node):
             unify(x[1], c.of(a[name])[0], f"{node.name}: {name}")
+    if a.get("training", a.get("use_input_stats")) or not isinstance(a["running_mean"], fx.Node):
+        for dim in x[2:] if ops.packet(node) == "instance_norm" else [x[0], *x[2:]]:
+            _mix(dim)
     return x
 
 
@@ -127,7 +156,8 @@ def group_norm(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     parts = split_product(x[1], int(a["num_groups"]))
     if parts is None:
         return None
-    _mix(parts[1])
+    for dim in (parts[1], *x[2:]):
+        _mix(dim)
     c.resize(node, num_groups=parts[0])
     return x
 
@@ -142,54 +172,6 @@ def softmax(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     x = c.of(a["self"])
     freeze(x[a["dim"]], f"{node.name} is a distribution over it")
     return x
-
-
-def matmul(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """x[..., n, k] · y[..., k, m]; the other axes are broadcast."""
-    first, second = [n for n in node.args if isinstance(n, fx.Node)][-2:]
-    x, y = c.of(first), c.of(second)
-    if len(x) < 2 or len(y) < 2:
-        return None
-    unify(x[-1], y[-2], f"{node.name}: the axis that is summed")
-    result = [*broadcast([x[:-2], y[:-2]], node.name), x[-2], y[-1]]
-    if ops.packet(node) in ("addmm", "baddbmm") and isinstance(node.args[0], fx.Node):
-        return broadcast([result, c.of(node.args[0])], node.name)
-    return result
-
-
-def einsum(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """Axes with one letter are one."""
-    text = a["equation"].replace(" ", "")
-    left, _, right = text.partition("->")
-    if "." in text or "->" not in text:
-        return None
-    letters: dict[str, Dim] = {}
-    for names, operand in zip(left.split(","), a["tensors"], strict=True):
-        for letter, dim in zip(names, c.of(operand), strict=True):
-            unify(letters.setdefault(letter, dim), dim, f"{node.name}: axis {letter}")
-    return [letters[letter] for letter in right]
-
-
-def attention(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """Heads go together, and so do the channels of a head in queries and keys; those of values are another matter."""
-    q, k, v = (c.of(a[name]) for name in ("query", "key", "value"))
-    unify(q[-1], k[-1], f"{node.name}: channels of queries and keys")
-    unify(k[-2], v[-2], f"{node.name}: keys and values")
-    batch = broadcast([k[:-2], v[:-2]], node.name)
-    if a.get("enable_gqa") and q[-3].size != batch[-1].size:
-        shared = split_product(q[-3], batch[-1].size)
-        if shared is None:
-            return None
-        unify(shared[0], batch[-1], f"{node.name}: heads")
-        batch = [*batch[:-1], q[-3]]
-    batch = broadcast([q[:-2], batch], node.name)
-    for dim in (q[-2], k[-2]):
-        freeze(dim, f"{node.name} weighs it")
-    mask = c.of(a["attn_mask"])
-    broadcast([[*batch, q[-2], k[-2]], mask], node.name)
-    if a["scale"] is None:
-        c.resize(node, scale=q[-1].size ** -0.5)  # stays that of the dense model
-    return [*batch, q[-2], v[-1]]
 
 
 def embedding(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
@@ -212,6 +194,8 @@ def reduce(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
             _mix(x[d])
         elif packet not in _SUMS:
             freeze(x[d], f"{node.name} reads all of it")
+    if packet == "linalg_vector_norm" and not (isinstance(a["ord"], (int, float)) and a["ord"] >= 0):
+        return None
     left = [Fixed(1) if d in over else x[d] for d in range(len(x)) if a.get("keepdim") or d not in over]
     value = node.meta["val"]
     return [list(left) for _ in value] if isinstance(value, (tuple, list)) else left
@@ -222,17 +206,19 @@ _BY_PACKET: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "rms_norm": layer_norm,
     "instance_norm": batch_norm,
-    "einsum": einsum,
     "linalg_vector_norm": reduce,
+    "glu": glu,
+    "prelu": prelu,
+    "_prelu_kernel": pointwise,
+    "expand_as": pointwise,
 }
 _BY_KIND: dict[str, Callable[..., Any]] = {
     "conv": conv,
     "conv_transpose": conv_transpose,
     "linear": linear,
+    "cast": cast,
     "batch_norm": batch_norm,
     "softmax": softmax,
-    "matmul": matmul,
-    "attention": attention,
     "embedding": embedding,
     "reduce": reduce,
 }

@@ -6,11 +6,58 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from fxopt import verify
+from fxopt.capture import capture
+from fxopt.passbase import PassContext
+from fxopt.passes.prune_channels import find_groups, surgery
+from fxopt.passes.prune_channels import plan as planning
 from fxopt.passes.prune_channels.coupling import Coupling
-from fxopt.passes.prune_channels.dims import Atom, kept
+from fxopt.passes.prune_channels.dims import Atom, Dim, Fixed, Product, factors, kept
+from fxopt.pipeline import Pipeline
 from fxopt.program import Program
+from fxopt.registry import find_pass
+from fxopt.rewriter import Rewriter
+from fxopt.target import resolve_target
+
+
+def cleaned(model: nn.Module, inputs: tuple[Any, ...], dynamic: Any = None) -> tuple[Program, list[Any]]:
+    """The program as the pass sees it, and its inputs."""
+    captured = capture(model.eval(), inputs, dynamic_shapes=dynamic)
+    passes = [find_pass(name)() for name in ("canonicalize", "common-subexpressions", "fold-constants")]
+    context = PassContext(resolve_target("x86"), captured.inputs)
+    return Pipeline(context, captured.reference).run(captured.program, passes)[0], captured.inputs
+
+
+def equals_masked(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    least: int = 1,
+    norms: bool = False,
+    dynamic: Any = None,
+    others: Sequence[Any] = (),
+) -> Program:
+    """Prune a random half of every group that no norm mixes, and compare with the dense model under a mask.
+
+    *others* are inputs of other sizes, for *dynamic* shapes.
+    """
+    dense, flat = cleaned(model, inputs, dynamic)
+    groups = find_groups(dense)
+    chosen = [group for group in groups.prunable if norms or not group.atom.mixed]
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.size, generator=generator) for group in chosen}
+    plan = planning.choose(chosen, scores, 0.5, 1, together=False)
+    assert len(plan.groups) >= least, str(groups)
+    indices = plan.resolve(groups)
+    fresh = find_groups(program := dense.copy())
+    surgery.cut(Rewriter(program), fresh.coupling, plan.resolve(fresh))
+    verify.check_graph(program)
+    for given in [] if norms else [flat, *others]:
+        difference = verify.compare(masked(dense, groups.coupling, indices, given), verify.run(program, given))
+        assert difference.error < 1e-4, difference
+    return program
 
 
 def masked(program: Program, coupling: Coupling, plan: dict[Atom, torch.Tensor], inputs: Sequence[Any]) -> list[Any]:
@@ -34,11 +81,20 @@ def _mask(value: Any, axes: list[Any], plan: dict[Atom, torch.Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         several = axes if axes and isinstance(axes[0], list) else [[]] * len(value)
         return [_mask(one, own, plan) for one, own in zip(value, several, strict=True)]
-    if not isinstance(value, torch.Tensor) or value.dtype is torch.bool:
+    if not isinstance(value, torch.Tensor):
         return value
     for axis, dim in enumerate(axes):
-        index = kept(dim, plan)
-        if len(index) < value.shape[axis]:
-            gone = torch.ones(value.shape[axis], dtype=torch.bool).index_fill_(0, index, False)
+        if len(kept(dim, plan)) < dim.size:
+            gone = torch.ones(value.shape[axis], dtype=torch.bool)
+            gone[kept(_sized(dim, value.shape[axis]), plan)] = False
             value = value.index_fill(axis, gone.nonzero().flatten(), 0)  # 0 / 0 among them, too
     return value
+
+
+def _sized(dim: Dim, size: int) -> Dim:
+    """*dim* for inputs of other sizes than those of capture."""
+    if dim.size == size:
+        return dim
+    [dynamic] = [part for part in factors(dim) if isinstance(part, Fixed) and part.exact is not None]
+    new = Fixed(size * dynamic.size // dim.size)
+    return Product(tuple(new if part is dynamic else part for part in factors(dim)))

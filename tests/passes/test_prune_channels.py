@@ -10,52 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxopt
-from fxopt import cost, verify
-from fxopt.capture import capture
+from fxopt import cost
 from fxopt.errors import PassError, PreconditionError, SpecError
-from fxopt.passbase import PassContext
-from fxopt.passes.prune_channels import PruningPlan, find_groups, surgery
-from fxopt.passes.prune_channels import plan as planning
-from fxopt.pipeline import Pipeline
+from fxopt.passes.prune_channels import PruningPlan, find_groups
 from fxopt.program import Program
-from fxopt.registry import find_pass
 from fxopt.report import PassRecord
-from fxopt.rewriter import Rewriter
-from fxopt.target import resolve_target
 from fxopt.testing import check_pass
 from tests.passes.models import Model, chain
-from tests.passes.pruned_models import masked
+from tests.passes.pruned_models import cleaned, equals_masked
 from tools import models
 
 IMAGE = (torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)),)
-
-
-def cleaned(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, list[Any]]:
-    """The program as the pass sees it, and its inputs."""
-    captured = capture(model.eval(), inputs)
-    passes = [find_pass(name)() for name in ("canonicalize", "common-subexpressions", "fold-constants")]
-    context = PassContext(resolve_target("x86"), captured.inputs)
-    return Pipeline(context, captured.reference).run(captured.program, passes)[0], captured.inputs
-
-
-def equals_masked(model: nn.Module, inputs: tuple[Any, ...], *, least: int = 1, norms: bool = False) -> Program:
-    """Prune a random half of every group that no norm mixes, and compare with the dense model under a mask."""
-    dense, flat = cleaned(model, inputs)
-    groups = find_groups(dense)
-    chosen = [group for group in groups.prunable if norms or not group.atom.mixed]
-    generator = torch.Generator().manual_seed(0)
-    scores = {group.name: torch.rand(group.size, generator=generator) for group in chosen}
-    plan = planning.choose(chosen, scores, 0.5, 1, together=False)
-    assert len(plan.groups) >= least, str(groups)
-    indices = plan.resolve(groups)
-    wanted = masked(dense, groups.coupling, indices, flat)
-    fresh = find_groups(program := dense.copy())
-    surgery.cut(Rewriter(program), fresh.coupling, plan.resolve(fresh))
-    verify.check_graph(program)
-    if not norms:
-        difference = verify.compare(wanted, verify.run(program, flat))
-        assert difference.error < 1e-4, difference
-    return program
 
 
 class Residual(nn.Module):
