@@ -30,7 +30,7 @@ class Calibration:
             raise InputError(f"calibration must be an iterable of input tuples, not {type(data).__name__}")
         self._data = list(data) if isinstance(data, Iterator) else Replay(data)
         self._first: list[Any] | None = None
-        self._signature = signature
+        self.signature = signature
         first = next(iter(itertools.islice(self._data, 1)), None)
         if first is None:
             raise InputError("calibration is empty: it must give at least one batch of inputs")
@@ -42,17 +42,21 @@ class Calibration:
         Raises:
             InputError: a batch does not fit the captured inputs; the message says which, and how.
         """
+        yield from (leaves for leaves, _ in self.labelled())
+
+    def labelled(self) -> Iterator[tuple[list[Any], tuple[Any, ...]]]:
+        """As :meth:`batches`, each with what the batch holds besides the inputs of the model, such as labels."""
         fitting = 0
         for index, batch in enumerate(self._data):
-            for leaves in self._pieces(self._leaves(batch)):
+            for leaves, rest in self._pieces(self._leaves(batch), self._rest(batch)):
                 try:
-                    self._signature.check(leaves)
+                    self.signature.check(leaves)
                 except InputError as error:
                     raise InputError(f"calibration batch {index}: {error}") from error
                 if not fitting:
                     self._warn_of_other_order(leaves)
                 fitting += 1
-                yield leaves
+                yield leaves, rest
         if not fitting:
             raise InputError(
                 "no calibration batch has as many rows as the example inputs, for which the model is fixed"
@@ -69,30 +73,39 @@ class Calibration:
                 stacklevel=2,
             )
 
-    def _pieces(self, leaves: list[Any]) -> Iterator[list[Any]]:
-        """*leaves* cut along the first dimension, where that is fixed at another size; a short rest is left out."""
+    def _pieces(self, leaves: list[Any], rest: tuple[Any, ...]) -> Iterator[tuple[list[Any], tuple[Any, ...]]]:
+        """All cut along the first dimension, where that is fixed at another size; too few rows are left out."""
         cut: dict[int, tuple[int, int]] = {}
-        for i, (leaf, value) in enumerate(zip(self._signature.inputs, leaves, strict=True)):
+        for i, (leaf, value) in enumerate(zip(self.signature.inputs, leaves, strict=True)):
             if leaf.shape and isinstance(value, torch.Tensor) and value.dim() == len(leaf.shape):
                 rows = leaf.shape[0]
                 if isinstance(rows, int) and rows != value.shape[0]:
                     cut[i] = (rows, value.shape[0])
         if len(set(cut.values())) != 1 or 0 in next(iter(cut.values())):
-            yield leaves
+            yield leaves, rest
             return
         [(rows, given)] = set(cut.values())
         for start in range(0, given - rows + 1, rows):
-            yield [x[start : start + rows] if i in cut else x for i, x in enumerate(leaves)]
+            piece = slice(start, start + rows)
+            alike = (x[piece] if isinstance(x, torch.Tensor) and x.dim() and len(x) == given else x for x in rest)
+            yield [x[piece] if i in cut else x for i, x in enumerate(leaves)], tuple(alike)
 
     def _leaves(self, batch: Any) -> list[Any]:
         if isinstance(batch, torch.Tensor):
-            return self._signature.flatten((batch,), {})
+            return self.signature.flatten((batch,), {})
         if isinstance(batch, Mapping):
-            return self._signature.flatten((), batch)
+            return self.signature.flatten((), batch)
         if not isinstance(batch, (tuple, list)):
             raise InputError(f"a calibration batch must be a tuple of inputs, a mapping or a tensor, not {type(batch)}")
-        count = len(self._signature.in_spec.children()[0].children())
-        return self._signature.flatten(tuple(batch[:count]), {})
+        return self.signature.flatten(tuple(batch[: self._positional]), {})
+
+    def _rest(self, batch: Any) -> tuple[Any, ...]:
+        return tuple(batch[self._positional :]) if isinstance(batch, (tuple, list)) else ()
+
+    @property
+    def _positional(self) -> int:
+        """How many positional inputs the model takes."""
+        return len(self.signature.in_spec.children()[0].children())
 
 
 def _same(a: Any, b: Any) -> bool:

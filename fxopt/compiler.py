@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def compile(  # noqa: A001 - the name that torch users look for
     dynamic_shapes: Any = None,
     passes: str | Pass | Sequence[str | Pass] | None = None,
     calibration: Iterable[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
     backend: str | Backend = "auto",
     backend_options: Mapping[str, Any] | None = None,
     verify: bool = True,
@@ -49,32 +50,33 @@ def compile(  # noqa: A001 - the name that torch users look for
     """Compile a trained model for inference on *target*.
 
     Args:
-        model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; a training-mode module is compiled as in
-            eval mode. Weights are taken as they are now: compile again after changing them.
+        model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; compiled as in eval mode, with the weights
+            as they are now.
         target: "x86", "arm", "cuda" or a :class:`Target`.
-        example_inputs: positional example inputs, a tuple (or one tensor). With neither these nor *example_kwargs*,
-            the model is captured at its first call.
+        example_inputs: positional example inputs, a tuple (or one tensor). With neither these nor *example_kwargs*, it
+            is captured at its first call.
         example_kwargs: keyword example inputs.
         dynamic_shapes: sizes to keep open, as ``torch.export.export`` takes them: ``{"x": {0: "batch"}}``.
         passes: None for the exact pipeline; a spec string such as ``"cast-precision{dtype=bf16}"``, or a sequence of
             names and Pass objects, to add to it.
         calibration: iterable of input tuples, for passes that look at data.
+        loss: for passes that look at gradients: a function of the model's outputs and of what a calibration batch has
+            beyond the inputs: ``torch.nn.functional.cross_entropy`` for (image, label) batches.
         backend: "auto" measures the installed ones and takes the fastest; or a name, or a Backend object.
         backend_options: options of the named backend, e.g. ``{"threads": 2}``.
         verify: check graph and outputs after each pass, and the lowered model in the end.
-        dump: folder for one ``.fxir`` file per pass, those of an earlier dump are removed; the variable FXOPT_DUMP
-            sets it too. A model captured at its first call has a folder ``variant-1`` in it, and so on.
+        dump: folder for one ``.fxir`` file per pass, replacing earlier ones; the variable FXOPT_DUMP sets it too. For
+            models captured at their first call it has folders ``variant-1`` and so on.
 
     Returns:
         A :class:`CompiledModel`, called like the model.
 
     Raises:
         InputError: an argument is not what it must be. SpecError: an unknown target, pass, option or backend.
-        CaptureError: the model cannot be captured; the message shows the source line.
-        PassError, PreconditionError, VerifyError: a pass failed; nothing was changed.
-        UnsupportedOp, BackendUnavailable: the named backend cannot run this model, or is not installed.
+        CaptureError: the model cannot be captured, with the line. PassError, PreconditionError, VerifyError: a pass
+            failed. UnsupportedOp, BackendUnavailable: the backend cannot run this model, or is not installed.
     """
-    plan = Plan.check(model, target, passes, calibration, backend, backend_options, verify, dump, dynamic_shapes)
+    plan = Plan.check(model, target, passes, calibration, loss, backend, backend_options, verify, dump, dynamic_shapes)
     inputs = as_args(example_inputs)
     check_kwargs(example_kwargs)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
@@ -112,6 +114,12 @@ def check_kwargs(example_kwargs: Any) -> None:
         raise InputError(f"example_kwargs must map argument names to inputs, not {example_kwargs!r:.80}")
 
 
+def check_loss(loss: object) -> None:
+    """Raises InputError where the user's *loss* cannot be called."""
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss must be a function of the outputs and of what a batch holds besides, not {loss!r:.80}")
+
+
 def _return_freed_memory(weights: int) -> None:
     """Give what the passes freed back to the system, for a large model: glibc keeps folded-away weights otherwise."""
     if weights >= _LARGE:
@@ -138,6 +146,7 @@ class Plan:
     target: Target
     passes: list[Pass]
     calibration: Iterable[Any] | None
+    loss: Callable[..., Any] | None
     backend: str | Backend
     verify: bool
     dump: str | os.PathLike[str] | None
@@ -150,6 +159,7 @@ class Plan:
         target: Any,
         passes: Any,
         calibration: Any,
+        loss: Any,
         backend: Any,
         options: Any,
         verify: bool,
@@ -167,6 +177,7 @@ class Plan:
             raise InputError(f"backend_options must map option names to values, not {options!r:.80}")
         if not isinstance(verify, bool):
             raise InputError(f"verify must be True or False, not {verify!r:.80}")
+        check_loss(loss)
         where = resolve_target(target)
         listed = [] if passes is None else spec.resolve(passes, registry.find_pass)
         pipeline = full_pipeline(listed, registry.find_pass)
@@ -184,7 +195,7 @@ class Plan:
             fxir.prepare(folder, where.backends)
         if isinstance(calibration, Iterator):  # a lazy compile may capture, and calibrate, more than once
             calibration = list(calibration)
-        return Plan(model, where, pipeline, calibration, engine, verify, folder, shapes)
+        return Plan(model, where, pipeline, calibration, loss, engine, verify, folder, shapes)
 
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """Capture, rewrite, lower and measure for these example inputs."""
@@ -212,7 +223,7 @@ class Plan:
     def _rewrite(self, captured: Captured, stages: Stages) -> Rewritten:
         """What the passes do that suits every engine; the rest is left to the lowering to each."""
         data = None if self.calibration is None else Calibration(self.calibration, captured.program.signature)
-        ctx = PassContext(self.target, captured.inputs, data)
+        ctx = PassContext(self.target, captured.inputs, data, loss=self.loss)
         pipeline = Pipeline(ctx, captured.reference, self.verify, self.dump, stages.say)
         specific = (i for i, one in enumerate(self.passes) if one.engine_specific)
         cut = next(specific, len(self.passes))

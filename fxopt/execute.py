@@ -31,14 +31,16 @@ def evaluate(
     *,
     constants: Mapping[str, Any] | None = None,
     observe: Callable[[fx.Node, Any], None] | None = None,
+    grad: bool = False,
 ) -> list[Any]:
-    """Flat outputs (writebacks included) of *program* on flat *inputs*, without gradients.
+    """Flat outputs (writebacks included) of *program* on flat *inputs*.
 
     Args:
         program: what to run.
         inputs: one value for each placeholder.
         constants: replaces ``program.constants`` where given.
         observe: called with each node and its value.
+        grad: record gradients, where *constants* require them.
 
     Raises:
         RuntimeError: an op failed; the message names the node.
@@ -47,7 +49,7 @@ def evaluate(
     feed = iter(inputs)
     held = program.constants if constants is None else constants
     dying = last_users(program.graph)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(feed)

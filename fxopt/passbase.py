@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,7 @@ class PassContext:
         target: the machine compiled for.
         inputs: flat example inputs, one for each placeholder.
         calibration: the user's calibration data, or None.
+        loss: the user's loss: a function of the model's outputs and of what else a calibration batch holds, or None.
         engine: name of the backend that the graph is for; "" as long as that is open.
         latency: milliseconds of a program (which is used up) on that backend and the example inputs; None where the
             target cannot run here.
@@ -44,6 +46,7 @@ class PassContext:
     latency: Callable[[Program], float] | None = None
     training: bool = False
     declines_int8: Callable[[fx.Node], str | None] = _declines_nothing
+    loss: Callable[..., Any] | None = None
 
     def batches(self, who: Pass) -> Iterator[list[Any]]:
         """Flat inputs of each calibration batch.
@@ -56,6 +59,27 @@ class PassContext:
                 f"{who.name} looks at data: pass calibration=, an iterable of input tuples (a DataLoader works)"
             )
         return self.calibration.batches()
+
+    def losses(self, who: Pass) -> Iterator[tuple[list[Any], Callable[[Sequence[Any]], Any]]]:
+        """Flat inputs of each calibration batch, and the loss on it as a function of the flat outputs.
+
+        Raises:
+            PreconditionError: there is no calibration data, or no loss.
+        """
+        self.batches(who)
+        if self.loss is None or self.calibration is None:
+            raise PreconditionError(
+                f"{who.name} looks at a loss: pass loss=, called with the model's outputs and whatever a calibration "
+                "batch has beyond the inputs, such as torch.nn.functional.cross_entropy for (image, label) batches"
+            )
+        for leaves, rest in self.calibration.labelled():
+            yield leaves, functools.partial(self._loss_of, rest)
+
+    def _loss_of(self, rest: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        assert self.loss is not None
+        assert self.calibration is not None
+        signature = self.calibration.signature
+        return self.loss(signature.unflatten(list(outputs)[: len(signature.outputs)]), *rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Target:
         features: ISA features with a bearing on speed (``"avx512_bf16"``, ``"amx_bf16"``, ...).
         native_dtypes: floating dtypes with fast matmul kernels on this machine.
         backends: backend names in the order of preference; ``backend="auto"`` tries them.
+        channel_multiple: how many channels its kernels compute at once: other counts are padded to it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     features: frozenset[str] = frozenset()
     native_dtypes: frozenset[torch.dtype] = frozenset({torch.float32})
     backends: tuple[str, ...] = ("torch", "onnx")
+    channel_multiple: int = 8
 
     def has(self, feature: str) -> bool:
         """Whether the machine has the ISA *feature*."""
@@ -78,7 +80,8 @@ def _x86() -> Target:
         dtypes.add(torch.bfloat16)
     if features & _X86_FP16:
         dtypes.add(torch.float16)
-    return Target("x86", "x86_64", features, frozenset(dtypes), ("torch", "onnx", "openvino"))
+    lanes = 16 if "avx512f" in features else 8  # float32 numbers in a register
+    return Target("x86", "x86_64", features, frozenset(dtypes), ("torch", "onnx", "openvino"), lanes)
 
 
 def _arm() -> Target:

@@ -7,24 +7,24 @@ Quantization-aware training is the default. ``passes=""``, or passes that prune 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxopt import ops, registry, spec
+from fxopt import masks, registry, spec
 from fxopt.backend import Backend
 from fxopt.calibration import Calibration
 from fxopt.capture import Captured, capture
-from fxopt.compiler import as_args, check_kwargs, usable
+from fxopt.compiler import as_args, check_kwargs, check_loss, usable
 from fxopt.errors import InputError, PreconditionError
-from fxopt.fake_quant import FAKE_QUANTIZE
+from fxopt.frozen import Frozen
 from fxopt.passbase import Pass, PassContext
 from fxopt.pipeline import Pipeline, check_order, with_companions
-from fxopt.prepared import Frozen, PreparedModel
+from fxopt.prepared import PreparedModel
 from fxopt.program import Program
 from fxopt.target import Target, resolve_target
 
@@ -41,6 +41,7 @@ def prepare(
     dynamic_shapes: Any = None,
     passes: str | Pass | Sequence[str | Pass] = "insert-fake-quant{qat=true}",
     calibration: Iterable[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
     backend: str | Backend | None = None,
     verify: bool = True,
 ) -> PreparedModel:
@@ -54,14 +55,12 @@ def prepare(
         example_inputs: positional example inputs, a tuple (or one tensor).
         target: as for :func:`fxopt.compile`.
         example_kwargs: keyword example inputs.
-        dynamic_shapes: sizes to keep open: ``{"x": {0: "batch"}}`` to train with another batch size than that of the
-            example inputs, or with a last batch that is smaller.
+        dynamic_shapes: sizes to keep open: ``{"x": {0: "batch"}}`` to train with other batch sizes.
         passes: spec string or passes whose result can be trained; "" for none.
-        calibration: iterable of input tuples; the ranges of activations start from it. Without, they start from the
-            first training batches.
+        calibration: iterable of input tuples, where ranges of activations start; else with the first training batches.
+        loss: for passes that look at gradients, as for :func:`fxopt.compile`.
         backend: the engine that quantization is placed for, by default the first of the target. Engines differ in what
-            they fuse: a graph prepared for "torch" or "openvino" adds residuals inside of convolutions, "onnx" wants
-            the result of each convolution in integers. Any engine can run either, that one runs it best.
+            they fuse ("onnx" wants the result of each convolution in integers). Any can run it, that one best.
         verify: check graph and outputs after each pass.
 
     Returns:
@@ -74,13 +73,14 @@ def prepare(
     where, listed = resolve_target(target), _trainable(spec.resolve(passes, registry.find_pass))
     inputs = as_args(example_inputs)
     check_kwargs(example_kwargs)
+    check_loss(loss)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
         raise InputError("fxopt.prepare captures the model at once: give example_inputs")
     args, kwargs = pytree.tree_map(usable, (inputs or (), dict(example_kwargs or {})))
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         captured = capture(model, args, kwargs, dynamic_shapes)
         data = None if calibration is None else Calibration(calibration, captured.program.signature)
-        ctx = PassContext(where, captured.inputs, data, engine=_engine(backend, where), training=True)
+        ctx = PassContext(where, captured.inputs, data, engine=_engine(backend, where), training=True, loss=loss)
         return _rewritten(captured, ctx, listed, verify, type(model).__name__)
 
 
@@ -90,7 +90,8 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     for record in records:
         modules |= record.details.get("fake_quant", {})
     skips = [skip for record in records for skip in record.skips]
-    frozen = Frozen(program, name, ctx.target, captured.inputs, skips)
+    masked = next((record.details["masks"] for record in records if "masks" in record.details), None)
+    frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked)
     return PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
 
 
@@ -136,7 +137,7 @@ def _tensors(program: Program, captured: Captured) -> Iterator[tuple[str, torch.
         copied = value.detach().clone(memory_format=_format(value))
         if name in own:
             yield name, nn.Parameter(copied, requires_grad=own[name].requires_grad)
-        elif new and value.is_floating_point() and _is_weight(node):
+        elif new and value.is_floating_point() and masks.is_weight(node):
             yield name, nn.Parameter(copied)
         else:
             yield name, copied
@@ -145,18 +146,6 @@ def _tensors(program: Program, captured: Captured) -> Iterator[tuple[str, torch.
 def _format(value: torch.Tensor) -> torch.memory_format:
     """Weights lie as the model has them; a transposed view becomes a matrix of its own."""
     return torch.contiguous_format if value.dim() == 2 else torch.preserve_format
-
-
-def _is_weight(node: fx.Node) -> bool:
-    """Whether an op that has weights reads *node* as its weight or bias."""
-    for user in node.users:
-        if user.target is FAKE_QUANTIZE and _is_weight(user):
-            return True
-        if ops.kind(user) in ("conv", "conv_transpose", "linear", "batch_norm", "norm", "embedding"):
-            a = ops.arguments(user)
-            if node in (a.get("weight"), a.get("bias")):
-                return True
-    return False
 
 
 __all__ = ["PreparedModel", "prepare"]

@@ -15,17 +15,24 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
-from fxopt.errors import SpecError
+from fxopt import registry
+from fxopt.errors import PreconditionError, SpecError
 from fxopt.passbase import Pass, PassContext
-from fxopt.passes.prune_channels import budget, criteria, surgery
+from fxopt.passes.prune_channels import budget, compensation, criteria, evidence, surgery
 from fxopt.passes.prune_channels.coupling import groups_of
+from fxopt.passes.prune_channels.criteria import Channels
 from fxopt.passes.prune_channels.groups import Group, Groups, find_groups, nested
-from fxopt.passes.prune_channels.plan import PruningPlan, choose
+from fxopt.passes.prune_channels.plan import PruningPlan, choose, fitting
+from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 
-__all__ = ["PruneChannels", "PruningPlan", "find_groups"]
+__all__ = ["Channels", "PruneChannels", "PruningPlan", "find_groups"]
+
+_LATER = ("fuse-conv-bn-relu", "merge-linears")  # change the latency of what is measured
+_MEASUREMENTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +41,23 @@ class PruneChannels(Pass):
 
     Attributes:
         ratio: share of channels to remove, of each group or of all.
+        ratios: "pattern=ratio" for groups with a parameter whose name fits the shell pattern; the last that fits wins.
         macs: share of the multiply-accumulates to keep; *ratio* is then found. Likewise ``params``, for parameters.
-        criterion: how channels are ranked; see ``criteria``.
+        latency_ms: milliseconds on the engine compiled for, as measured on the example inputs; *ratio* is then found.
+        plan: path of a plan that ``PruningPlan.save`` wrote; it alone decides what goes.
+        criterion: how channels are ranked; see ``criteria``. Data-driven ones look at calibration data, "taylor" also
+            at the loss.
+        score: a function from :class:`Channels` to f64[size], in place of *criterion*; from Python only.
+        aggregate: what is made of the scores that the parameters of a group give.
+        normalize: what makes groups comparable, for ``scope=global``; "none" leaves the scores of parameters alone too.
         scope: "group" removes *ratio* of each group; "global" ranks the channels of all groups together.
-        multiple: channels that stay are a multiple of it, where a group has that many.
+        multiple: channels that stay are a multiple of it, where a group has that many. None for that of the target,
+            or a smaller power of two for a group that does not have eight times as many.
         keep: shell patterns; groups with a parameter whose name fits stay whole.
         nested: of channels within channels, such as those of a head within heads, which go: the "outer" ones, the
             "inner" ones, or "both".
+        compensate: add what removed channels contribute when nothing excites them, or on average over the calibration
+            data, to the biases of what reads them; see ``compensation``.
         seed: for ``criterion=random``.
     """
 
@@ -56,40 +73,61 @@ class PruneChannels(Pass):
         "cast-precision",
     )
     ratio: float = 0.5
+    ratios: tuple[str, ...] = ()
     macs: float | None = None
     params: float | None = None
-    criterion: Literal["l1", "l2", "bn-scale", "fpgm", "random"] = "l1"
+    latency_ms: float | None = None
+    plan: str | None = None
+    criterion: Literal["l1", "l2", "bn-scale", "fpgm", "random", "activation", "taylor"] = "l1"
+    score: Callable[[Channels], object] | None = None
+    aggregate: Literal["sum", "mean", "max"] = "sum"
+    normalize: Literal["mean", "max", "lamp", "none"] = "mean"
     scope: Literal["group", "global"] = "group"
-    multiple: int = 1
+    multiple: int | None = None
     keep: tuple[str, ...] = ()
     nested: Literal["outer", "inner", "both"] = "outer"
+    compensate: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
             raise SpecError(f"prune-channels: ratio must be at least 0 and below 1, not {self.ratio}")
-        if self.macs is not None and self.params is not None:
-            raise SpecError("prune-channels: give a budget of macs or of params, not both")
+        for text in self.ratios:
+            _ratio_of(text)
+        given = [name for name in ("macs", "params", "latency_ms", "plan") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SpecError(f"prune-channels: give one of {' and '.join(given)}, not both")
         for name in ("macs", "params"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise SpecError(f"prune-channels: {name} is the share to keep, above 0 and at most 1, not {value}")
-        self.require_at_least(1, "multiple")
+        if self.latency_ms is not None and self.latency_ms <= 0:
+            raise SpecError(f"prune-channels: latency_ms must be above 0, not {self.latency_ms}")
+        if self.multiple is not None:
+            self.require_at_least(1, "multiple")
+
+    @property
+    def engine_specific(self) -> bool:  # type: ignore[override]
+        """A latency is that of one engine."""
+        return self.latency_ms is not None
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Find groups, choose, cut.
 
         Raises:
-            PassError: a shape does not come out as planned. PreconditionError: a budget cannot be reached.
+            PassError: a shape does not come out as planned.
+            PreconditionError: a budget cannot be reached; the plan is of another model; data or a loss are missing.
         """
         groups = find_groups(rewriter.program)
         self._say_what_is_off(rewriter, groups)
         dense = budget.macs(groups.coupling, {}), budget.parameters(groups.coupling, {})
-        plan = self._plan(rewriter, groups, dense)
+        plan = self._plan(rewriter, ctx, groups, dense)
         indices = plan.resolve(groups)
         small = budget.macs(groups.coupling, indices), budget.parameters(groups.coupling, indices)
         if plan.groups:
+            shifts = compensation.find(self, ctx, groups.coupling, indices) if self.compensate else {}
             surgery.cut(rewriter, groups.coupling, indices)
+            compensation.add(rewriter, shifts)
         rewriter.details["pruning"] = plan
         rewriter.details["groups"] = groups
         rewriter.note(
@@ -97,26 +135,69 @@ class PruneChannels(Pass):
             f"parameters × {small[1] / max(1, dense[1]):.3f}"
         )
 
-    def _plan(self, rewriter: Rewriter, groups: Groups, dense: tuple[int, int]) -> PruningPlan:
-        chosen, constants = self._candidates(groups), rewriter.program.tensors()
-        scored = {group.name: criteria.scores(group, constants, self.criterion, self.seed) for group in chosen}
-
-        def plan(ratio: float) -> PruningPlan:
-            return choose(chosen, scored, ratio, self.multiple, together=self.scope == "global")
-
-        counts = {"macs": (budget.macs, dense[0]), "params": (budget.parameters, dense[1])}
-        asked = [name for name in counts if getattr(self, name) is not None]
-        if not asked:
-            return plan(self.ratio)
-        [name] = asked
-        count, whole = counts[name]
-        if any(surgery.CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr")):
+    def _plan(self, rewriter: Rewriter, ctx: PassContext, groups: Groups, dense: tuple[int, int]) -> PruningPlan:
+        again = any(surgery.CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr"))
+        budgets = {"macs": (budget.macs, dense[0]), "params": (budget.parameters, dense[1])}
+        asked = next((name for name in budgets if getattr(self, name) is not None), None)
+        if again and (asked or self.latency_ms is not None or self.plan is not None):
             return PruningPlan(())  # the budget is a share of the dense model, and has been reached
+        if self.plan is not None:
+            return PruningPlan.load(self.plan)
+        plan = self._ranking(ctx, groups)
+        if asked is not None:
+            count, whole = budgets[asked]
 
-        def share(ratio: float) -> float:
-            return count(groups.coupling, plan(ratio).resolve(groups)) / max(1, whole)
+            def share(trial: PruningPlan) -> float:
+                return count(groups.coupling, trial.resolve(groups)) / max(1, whole)
 
-        return plan(budget.solve(getattr(self, name), share, name))
+            return budget.solve(getattr(self, asked), plan, share, asked)
+        if self.latency_ms is not None:
+
+            def latency(ratio: float) -> float:
+                return self._latency(ctx, rewriter.program, plan(ratio))
+
+            return plan(budget.bisect(self.latency_ms, latency, "latency_ms", _MEASUREMENTS)[1])
+        return plan(self.ratio)
+
+    def _ranking(self, ctx: PassContext, groups: Groups) -> Callable[[float], PruningPlan]:
+        """The plan as a function of the ratio."""
+        chosen = self._candidates(groups)
+        measure = evidence.MEASURES.get(self.criterion) if self.score is None else None
+        found = measure(self, ctx, groups.coupling, chosen) if measure is not None else {}
+        scored = {}
+        for group in chosen:
+            channels = criteria.channels_of(group, groups.coupling.program, found.get(group.name, {}))
+            if self.score is not None:
+                value = criteria.checked(self.score(channels), channels)
+            else:
+                raw = self.normalize == "none"
+                value = criteria.scores(channels, self.criterion, self.aggregate, seed=self.seed, raw=raw)
+            scored[group.name] = criteria.NORMALIZE[self.normalize](value) if self.scope == "global" else value
+        wanted = ctx.target.channel_multiple if self.multiple is None else self.multiple
+        multiples = {g.name: fitting(wanted, g) if self.multiple is None else wanted for g in chosen}
+        ratios = {g.name: ratio for g in chosen if (ratio := self._own_ratio(g)) is not None}
+        together = self.scope == "global"
+        return lambda ratio: choose(chosen, scored, ratio, multiples, together=together, ratios=ratios)
+
+    def _own_ratio(self, group: Group) -> float | None:
+        fitting_ones = [text for text in self.ratios if _fits(group, text.rpartition("=")[0])]
+        return _ratio_of(fitting_ones[-1]) if fitting_ones else None
+
+    def _latency(self, ctx: PassContext, program: Program, plan: PruningPlan) -> float:
+        """Milliseconds of *program* with *plan* carried out, and with what later passes make faster."""
+        if ctx.latency is None:
+            raise PreconditionError(
+                f"latency_ms measures, and target {ctx.target} cannot run here, or no engine is chosen yet as in "
+                "fxopt.prepare: give macs or params"
+            )
+        trial = program.copy()
+        groups = find_groups(trial)
+        if plan.groups:
+            surgery.cut(Rewriter(trial), groups.coupling, plan.resolve(groups))
+        for name in _LATER:
+            registry.find_pass(name)().run(Rewriter(trial), ctx)
+            trial.remove_dead()
+        return ctx.latency(trial)
 
     def _candidates(self, groups: Groups) -> list[Group]:
         around = nested(groups.prunable)
@@ -132,16 +213,31 @@ class PruneChannels(Pass):
                 continue
             if self.nested == "inner" and group.atom in outside:
                 continue
-            if any(fnmatch.fnmatchcase(name, pattern) for name in groups_of(group.members) for pattern in self.keep):
-                continue
-            found.append(group)
+            if not any(_fits(group, pattern) for pattern in self.keep):
+                found.append(group)
         return found
 
     def _say_what_is_off(self, rewriter: Rewriter, groups: Groups) -> None:
         """Warn of patterns that fit no parameter of any group."""
         names = {name for group in groups.all for name in groups_of(group.members)}
-        for pattern in self.keep:
+        for pattern in (*self.keep, *(text.rpartition("=")[0] for text in self.ratios)):
             if not fnmatch.filter(names, pattern):
-                text = f"prune-channels: keep: {pattern!r} fits no parameter, such as {min(names, default='')!r}"
+                text = f"prune-channels: {pattern!r} fits no parameter, such as {min(names, default='')!r}"
                 rewriter.note(text)
                 warnings.warn(text, stacklevel=2)
+
+
+def _fits(group: Group, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in groups_of(group.members))
+
+
+def _ratio_of(text: str) -> float:
+    """The ratio in "pattern=ratio"."""
+    _, found, number = text.rpartition("=")
+    try:
+        ratio = float(number)
+    except ValueError:
+        ratio = -1.0
+    if not found or not 0 <= ratio < 1:
+        raise SpecError(f"prune-channels: ratios: {text!r} must read pattern=ratio, at least 0 and below 1")
+    return ratio

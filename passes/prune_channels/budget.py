@@ -13,6 +13,7 @@ from fxopt import cost
 from fxopt.errors import PreconditionError
 from fxopt.passes.prune_channels.coupling import Coupling
 from fxopt.passes.prune_channels.dims import Atom
+from fxopt.passes.prune_channels.plan import PruningPlan
 
 _MOST = 0.98  # of the channels of a group
 _STEPS = 12
@@ -38,12 +39,38 @@ def parameters(coupling: Coupling, plan: dict[Atom, torch.Tensor]) -> int:
     return total
 
 
-def solve(budget: float, share: Callable[[float], float], what: str) -> float:
-    """The smallest ratio for which *share* (of what the dense model has) is at most *budget*, by bisection.
+def solve(
+    budget: float, plan: Callable[[float], PruningPlan], share: Callable[[PruningPlan], float], what: str
+) -> PruningPlan:
+    """The plan that removes least, of those whose *share* of the dense model is at most *budget*.
+
+    Bisection over the ratio, and then over how many groups take the next smaller one: where channels go in large steps,
+    the budget would be wasted otherwise.
 
     Raises:
         PreconditionError: even with nearly everything removed it is more.
     """
+    low, high = bisect(budget, lambda ratio: share(plan(ratio)), what, _STEPS)
+    less, more = plan(low), plan(high)
+    names = [group.name for group in more.groups]
+    inside, outside = 0, len(names) + 1  # of the groups, as many take less
+    while outside - inside > 1:
+        middle = (inside + outside) // 2
+        if share(more.mixed(less, names[:middle])) <= budget:
+            inside = middle
+        else:
+            outside = middle
+    return more.mixed(less, names[:inside])
+
+
+def bisect(budget: float, share: Callable[[float], float], what: str, steps: int) -> tuple[float, float]:
+    """Two ratios near each other, the second within the *budget* as counted or measured, the first not (or both 0).
+
+    Raises:
+        PreconditionError: even with nearly everything removed it is more.
+    """
+    if share(0.0) <= budget:
+        return 0.0, 0.0
     least = share(_MOST)
     if least > budget:
         raise PreconditionError(
@@ -51,10 +78,10 @@ def solve(budget: float, share: Callable[[float], float], what: str) -> float:
             "groups"
         )
     low, high = 0.0, _MOST
-    for _ in range(_STEPS):
+    for _ in range(steps):
         middle = (low + high) / 2
         if share(middle) <= budget:
             high = middle
         else:
             low = middle
-    return high
+    return low, high

@@ -1,54 +1,147 @@
-"""How important each channel of a group is, from its weights.
+"""How important each channel of a group is.
 
-    l1, l2     the magnitudes of all elements that the channel has in any parameter (Li et al., ICLR 2017)
-    bn-scale   |γ| of its batch norms (Liu et al., Network Slimming, ICCV 2017)
-    fpgm       the distance of its filter to all others (He et al., CVPR 2019): what is nearest to the rest goes
-    random     a permutation, the same for the same seed
+From the weights alone:
+    l1, l2      the magnitudes of all elements that the channel has in any parameter (Li et al., ICLR 2017)
+    bn-scale    |γ| of its batch norms (Liu et al., Network Slimming, ICCV 2017)
+    fpgm        the distance of its filter to all others (He et al., CVPR 2019): what is nearest to the rest goes
+    random      a permutation, the same for the same seed
+From calibration data (``evidence``):
+    activation  the mean magnitude of the channel where convs and linears read it (Molchanov et al., ICLR 2017, 2.2)
+    taylor      what its removal does to the loss in first order, (Σ w·∂L/∂w)² (Molchanov et al., CVPR 2019, eq. 8)
 
-The scores of all parameters of a group are added up, each normalized by its mean, so that no parameter drowns another.
+Each parameter of a group gives a score to each channel. They are normalized by their mean, so that no parameter drowns
+another, and aggregated. Where groups are ranked together their scores are normalized once more (:data:`NORMALIZE`);
+"none" takes all scores as they are, which suits "taylor": they are changes of one loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import fx
 
+from fxopt import ops
+from fxopt.errors import PreconditionError
 from fxopt.passes.prune_channels.coupling import Member
+from fxopt.passes.prune_channels.dims import Atom
 from fxopt.passes.prune_channels.groups import Group
+from fxopt.program import Program
+
+DATA_DRIVEN = ("activation", "taylor")
+Matrices = Mapping[str, torch.Tensor]
 
 
-def scores(group: Group, constants: Mapping[str, torch.Tensor], criterion: str, seed: int = 0) -> torch.Tensor:
-    """The importance of each channel of *group*: f64[size]."""
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """What a criterion judges.
+
+    Attributes:
+        name: of the group; ``size``: its channels.
+        weights: for each axis of a parameter that holds them ("layer1.0.conv1.weight:0") the elements of each channel,
+            f32[size, elements]. Statistics of batch norms are not among them.
+        evidence: for a data-driven criterion what was measured, f64[size] for each place of measurement; else empty.
+        scales: those of *weights* that are the γ of a batch norm.
+    """
+
+    name: str
+    size: int
+    weights: Matrices
+    evidence: Matrices = dataclasses.field(default_factory=dict)
+    scales: frozenset[str] = frozenset()
+
+
+Score = Callable[[Channels], torch.Tensor]
+
+
+def rows(weight: torch.Tensor, member: Member, atom: Atom) -> torch.Tensor:
+    """The elements of *weight* by channel of *atom*: [size, elements], a view where they lie so."""
+    index = member.index(atom)
+    moved = weight.movedim(member.axis, 0)
+    if torch.equal(index, torch.arange(atom.size)):
+        return moved.reshape(atom.size, -1)
+    known = (index >= 0).nonzero().flatten()
+    return moved[known[index[known].argsort(stable=True)]].reshape(atom.size, -1)
+
+
+def channels_of(group: Group, program: Program, evidence: Matrices) -> Channels:
+    """The :class:`Channels` of *group*, which is one of *program*."""
+    constants = program.tensors()
+    statistics, scales = (
+        read_by_batch_norms(program, "running_mean", "running_var"),
+        read_by_batch_norms(program, "weight"),
+    )
+    members = [m for m in group.members if m.constant not in statistics and constants[m.constant].numel()]
+    weights = {m.key: rows(constants[m.constant].detach().float(), m, group.atom) for m in members}
+    return Channels(
+        group.name, group.size, weights, evidence, frozenset(m.key for m in members if m.constant in scales)
+    )
+
+
+def read_by_batch_norms(program: Program, *names: str) -> set[str]:
+    """The constants that batch norms have for these arguments."""
+    norms = [ops.arguments(node) for node in program.graph.nodes if ops.kind(node) == "batch_norm"]
+    return {str(a[name].target) for a in norms for name in names if isinstance(a[name], fx.Node)}
+
+
+def scores(group: Channels, criterion: str, aggregate: str, *, seed: int = 0, raw: bool = False) -> torch.Tensor:
+    """The importance of each channel of *group*: f64[size]. *raw* leaves the scores of each parameter as they are."""
     if criterion == "random":
         return torch.randperm(group.size, generator=torch.Generator().manual_seed(seed)).double()
-    members = [m for m in group.members if criterion != "bn-scale" or _is_scale(m, constants)]
-    members = members or list(group.members)
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for member in members:
-        if member.constant.endswith(("running_mean", "running_var")) or not constants[member.constant].numel():
-            continue
-        own = _measure(constants[member.constant].detach().float(), member, group, criterion)
-        mean = own.mean()
-        total += own / mean if mean > 0 else own
-    return total
-
-
-def _measure(weight: torch.Tensor, member: Member, group: Group, criterion: str) -> torch.Tensor:
-    """The score of each channel in one parameter: f64[size]."""
-    others = [axis for axis in range(weight.dim()) if axis != member.axis]
-    if criterion == "fpgm" and others:
-        rows = weight.movedim(member.axis, 0).flatten(1)
-        value = torch.cdist(rows, rows).sum(1)
+    if criterion in DATA_DRIVEN:
+        parts = list(group.evidence.values())
     else:
-        value = weight.square() if criterion == "l2" else weight.abs()
-        value = value.sum(others) if others else value
-    index = member.index(group.atom)
-    known = index >= 0
-    result = torch.zeros(group.size, dtype=torch.float64).index_add_(0, index[known], value[known].double())
-    return result.sqrt() if criterion == "l2" else result
+        only = group.scales if criterion == "bn-scale" else frozenset()
+        parts = [_MEASURES[criterion](v).double() for key, v in group.weights.items() if not only or key in only]
+    if not raw:
+        parts = [part / part.mean() if part.mean() > 0 else part for part in parts]
+    return _AGGREGATE[aggregate](torch.stack(parts or [torch.zeros(group.size).double()]))
 
 
-def _is_scale(member: Member, constants: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a parameter is the weight of a batch norm, by its neighbours."""
-    return member.constant.rpartition(".")[0] + ".running_var" in constants and member.constant.endswith("weight")
+def checked(given: object, group: Channels) -> torch.Tensor:
+    """What a user's function gave for *group*, if that are scores.
+
+    Raises:
+        PreconditionError: it is something else.
+    """
+    if not isinstance(given, torch.Tensor) or given.shape != (group.size,) or not bool(given.isfinite().all()):
+        what = f"shape {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+        raise PreconditionError(
+            f"prune-channels: score must give one finite number for each of the {group.size} channels of {group.name}, "
+            f"not {what}"
+        )
+    return given.detach().double().cpu()
+
+
+def _distances(value: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(value, value).sum(1)
+
+
+_MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "l1": lambda value: value.abs().sum(1),
+    "l2": lambda value: value.square().sum(1).sqrt(),
+    "bn-scale": lambda value: value.abs().sum(1),
+    "fpgm": _distances,
+}
+_AGGREGATE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda parts: parts.sum(0),
+    "mean": lambda parts: parts.mean(0),
+    "max": lambda parts: parts.amax(0),
+}
+
+
+def _lamp(score: torch.Tensor) -> torch.Tensor:
+    """s² over the sum of it and all that are larger (Lee et al., "Layer-adaptive sparsity", ICLR 2021, eq. 2)."""
+    squares, order = score.square().sort(descending=True, stable=True)
+    result = torch.empty_like(squares)
+    result[order] = squares / squares.cumsum(0).clamp_min(1e-300)
+    return result
+
+
+NORMALIZE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda score: score / score.mean().clamp_min(1e-300),
+    "max": lambda score: score / score.max().clamp_min(1e-300),
+    "lamp": _lamp,
+    "none": lambda score: score,
+}

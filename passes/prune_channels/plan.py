@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ from fxopt.errors import PreconditionError
 from fxopt.passes.prune_channels.coupling import groups_of
 from fxopt.passes.prune_channels.dims import Atom
 from fxopt.passes.prune_channels.groups import Group, Groups
+
+_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,27 @@ class PruningPlan:
         except (ValueError, KeyError, TypeError) as error:
             raise PreconditionError(f"this is no pruning plan: {error}") from error
 
+    def mixed(self, other: PruningPlan, names: Sequence[str]) -> PruningPlan:
+        """This plan, with the groups *names* as in *other*, where they may be whole."""
+        mine = [group for group in self.groups if group.name not in set(names)]
+        return PruningPlan(tuple(mine + [group for group in other.groups if group.name in set(names)]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, for ``prune-channels{plan=PATH}``."""
+        Path(path).write_text(self.to_json())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> PruningPlan:
+        """The plan that :meth:`save` wrote.
+
+        Raises:
+            PreconditionError: the file cannot be read, or holds no plan.
+        """
+        try:
+            return PruningPlan.from_json(Path(path).read_text())
+        except OSError as error:
+            raise PreconditionError(f"the pruning plan cannot be read: {error}") from error
+
     def __str__(self) -> str:
         lines = [f"{g.name}: {len(g.kept)} of {g.size} channels stay" for g in self.groups]
         return "\n".join(lines) or "nothing is removed"
@@ -82,24 +107,38 @@ class PruningPlan:
 
 
 def choose(
-    groups: list[Group], scored: Mapping[str, torch.Tensor], ratio: float, multiple: int, *, together: bool
+    groups: Sequence[Group],
+    scored: Mapping[str, torch.Tensor],
+    ratio: float,
+    multiple: int | Mapping[str, int],
+    *,
+    together: bool,
+    ratios: Mapping[str, float] | None = None,
 ) -> PruningPlan:
     """Remove *ratio* of the channels, the least important first: of each group, or of all *together*.
 
-    *scored* has the importance of each channel, by the name of the group.
+    Args:
+        groups: that channels may go from.
+        scored: the importance of each channel, by the name of the group; comparable between groups, for *together*.
+        ratio: share of the channels to remove.
+        multiple: what stays is a multiple of it, where a group has that many; or such a number for each group.
+        together: rank the channels of all groups as one.
+        ratios: for some groups another share, by name; they are not ranked with the others.
     """
+    own = ratios or {}
+    ranked = [scored[group.name] for group in groups if group.name not in own]
     border = math.inf
-    if together and groups:
-        every = torch.cat([s / s.mean().clamp_min(1e-30) for s in scored.values()]).sort().values
+    if together and ranked:
+        every = torch.cat(ranked).sort().values
         border = float(every[min(len(every) - 1, round(len(every) * ratio))])
     planned = []
     for group in groups:
         values = scored[group.name]
-        if together:
-            wanted = int((values / values.mean().clamp_min(1e-30) >= border).sum())
+        if together and group.name not in own:
+            wanted = int((values >= border).sum())
         else:
-            wanted = math.ceil(group.size * (1 - ratio) - 1e-9)
-        count = rounded(wanted, group, multiple)
+            wanted = math.ceil(group.size * (1 - own.get(group.name, ratio)) - 1e-9)
+        count = rounded(wanted, group, multiple if isinstance(multiple, int) else multiple[group.name])
         if count < group.size:
             kept = values.topk(count).indices.sort().values
             planned.append(GroupPlan(group.name, group.size, tuple(kept.tolist()), tuple(groups_of(group.members))))
@@ -111,3 +150,10 @@ def rounded(wanted: int, group: Group, multiple: int) -> int:
     step = multiple // math.gcd(multiple, group.inner)
     count = math.ceil(max(wanted, 1) / step) * step
     return min(count, group.size)
+
+
+def fitting(multiple: int, group: Group) -> int:
+    """*multiple*, halved until it goes into *group* eight times: a small layer is not kept whole for its sake."""
+    while multiple > 1 and group.size * group.inner < _STEPS * multiple:
+        multiple //= 2
+    return multiple
