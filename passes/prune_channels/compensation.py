@@ -20,7 +20,7 @@ from fxopt import ops
 from fxopt.execute import evaluate
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.prune_channels.coupling import Coupling
-from fxopt.passes.prune_channels.dims import Atom, kept
+from fxopt.passes.prune_channels.dims import Atom, atoms, kept
 from fxopt.rewriter import Rewriter
 
 _UNITS = ("conv", "linear")
@@ -118,6 +118,8 @@ def _unexcited(coupling: Coupling, plan: dict[Atom, torch.Tensor]) -> dict[str, 
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             axis = 1 if ops.kind(unit) == "conv_transpose" else 0
             dim = coupling.axes[weight][axis]
+            if set(atoms(dim)) & set(atoms(_channels(coupling, unit))):
+                continue  # a depthwise convolution hands its channels on
             stays = torch.zeros(dim.size, dtype=torch.bool)
             stays[kept(dim, plan)] = True
             value = constants[str(weight.target)].detach()

@@ -115,7 +115,7 @@ def _check(loss: object, batch: int) -> None:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise InputError("loss must give one number that depends on the outputs of the model")
     if not bool(loss.isfinite()):
-        raise InputError(f"the loss of calibration batch {batch - 1} is {float(loss)}")
+        raise InputError(f"the loss of calibration batch {batch - 1} is {float(loss.detach())}")
 
 
 MEASURES = {"activation": activations, "taylor": taylor}

@@ -246,7 +246,7 @@ _EACH: dict[Callable[..., Any], str] = {
     reshape: "view reshape flatten unflatten _unsafe_view unsqueeze",
     view_as: "view_as reshape_as",
     squeeze: "squeeze",
-    expand: "expand",
+    expand: "expand broadcast_to",
     permute: "permute transpose t movedim swapaxes numpy_T mT",
     split: "split split_with_sizes chunk unbind unsafe_chunk unsafe_split tensor_split",
     pixel_shuffle: "pixel_shuffle pixel_unshuffle",

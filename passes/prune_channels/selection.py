@@ -13,7 +13,8 @@ from fxopt import ops
 from fxopt.passes.prune_channels.coupling import Axes, Coupling
 from fxopt.passes.prune_channels.dims import Atom, Dim, Fixed, Product, Sum, atoms, freeze, is_dynamic
 from fxopt.passes.prune_channels.movement import follow_sizes
-from fxopt.passes.prune_channels.unification import split_product, split_sum
+from fxopt.passes.prune_channels.products import broadcast
+from fxopt.passes.prune_channels.unification import split_product, split_sum, unify
 
 
 def take(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
@@ -25,11 +26,19 @@ def take(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     freeze(x[at], f"{node.name} chooses from it")
     if packet == "select":
         return [*x[:at], *x[at + 1 :]]
-    if packet == "gather":
-        for dim in [*x, *c.of(a["index"])]:
-            freeze(dim, f"{node.name} chooses from it")
-        return list(c.fixed(node.meta["val"]))
     return [*x[:at], *c.fixed(node.meta["val"])[at : at + 1], *x[at + 1 :]]
+
+
+def gather(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Along one axis the index says what to take, along the others each index takes from its own."""
+    x, chosen = c.of(a["self"]), c.of(a["index"])
+    at = a["dim"] % len(x) if x else 0
+    for d, (own, by) in enumerate(zip(x, chosen, strict=True)):
+        if d == at:
+            freeze(own, f"{node.name} chooses from it")
+        else:  # fewer indices than there are values: only the first of these are read
+            unify(own, by, f"{node.name} chooses from it")
+    return chosen
 
 
 def _slice(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int) -> Axes | None:
@@ -69,14 +78,18 @@ def _every(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int, star
 
 
 def index(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """One index tensor in place of an axis, the others whole."""
-    x, chosen = c.of(a["self"]), [(i, one) for i, one in enumerate(a["indices"]) if one is not None]
-    for i, _ in chosen:
+    """Index tensors in place of axes, the others whole."""
+    x = c.of(a["self"])
+    chosen = {i: one for i, one in enumerate(a["indices"]) if one is not None}
+    for i in chosen:
         freeze(x[i], f"{node.name} chooses from it")
-    if len(chosen) != 1 or not c.is_tensor(chosen[0][1]) or chosen[0][1].meta["val"].dtype in (torch.bool, torch.uint8):
+    if any(one.meta["val"].dtype in (torch.bool, torch.uint8) for one in chosen.values()):
         return None
-    at, by = chosen[0]
-    return [*x[:at], *c.of(by), *x[at + 1 :]]
+    by = broadcast([c.of(one) for one in chosen.values()], node.name)
+    first, last = min(chosen), max(chosen)
+    first = first if last - first == len(chosen) - 1 else 0  # apart from each other: in front
+    rest = [dim for i, dim in enumerate(x) if i not in chosen]
+    return [*rest[:first], *by, *rest[first:]]
 
 
 def pool(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
@@ -175,7 +188,8 @@ def create(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 
 
 _EACH: dict[Callable[..., Any], str] = {
-    take: "slice select index_select gather",
+    take: "slice select index_select",
+    gather: "gather",
     index: "index",
     resample: "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
     "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d",
