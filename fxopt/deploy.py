@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt import registry, spec, verify
+from fxopt import masks, registry, spec, verify
 from fxopt.capture import Captured
 from fxopt.errors import PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE, FAKE_QUANTIZED, ActivationFakeQuantize, FakeQuantize
@@ -21,7 +21,7 @@ from fxopt.rewriter import Rewriter
 def program(training: Program, tensor: Callable[[str], Any], modules: nn.ModuleDict) -> Program:
     """*training* for inference, with the values that *tensor* gives for its constants.
 
-    Rounded weights become constants, marks of activations get the numbers of their module.
+    Masked and rounded weights become constants, marks of activations get the numbers of their module.
 
     Raises:
         PreconditionError: a range is not known.
@@ -33,6 +33,7 @@ def program(training: Program, tensor: Callable[[str], Any], modules: nn.ModuleD
         result.constants[name] = own
     rewriter = Rewriter(result)
     with torch.no_grad():
+        masks.fold(rewriter)
         for node in rewriter.nodes():
             if node.target is FAKE_QUANTIZE:
                 module = modules[str(node.args[1])]
@@ -54,7 +55,7 @@ def _settle(rewriter: Rewriter, node: fx.Node, module: FakeQuantize) -> None:
                 "give calibration= to fxopt.prepare, or train it"
             )
         grid = module.grid
-        how = (float(module.scale), int(module.zero_point), grid.qmin, grid.qmax, grid.dtype)
+        how = (float(module.step), int(module.zero_point), grid.qmin, grid.qmax, grid.dtype)
         rewriter.replace(node, rewriter.call(FAKE_QUANTIZED, (x, *how), before=node))
     else:
         name = str(x.target)

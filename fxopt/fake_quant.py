@@ -136,6 +136,11 @@ class ActivationFakeQuantize(FakeQuantize):
         """Whether a range is known."""
         return bool((self.seen > 0).any())
 
+    @property
+    def step(self) -> torch.Tensor:
+        """The scale that it rounds with: a learned one within its bounds, wherever the optimizer has put it."""
+        return self._bounded(self.start, _WIDEST) if self.learnable else self.scale
+
     def forward(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """*x* rounded to the grid; a *source* of -1 repeats values that have been."""
         if source < 0:
@@ -154,7 +159,7 @@ class ActivationFakeQuantize(FakeQuantize):
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, low, high)
         features = x[0].numel() if x.dim() > 1 else x.numel()
         factor = (max(features, 1) * high) ** -0.5
-        scale, zero_point = self._bounded(self.start, _WIDEST), self.zero_point.to(x.dtype)
+        scale, zero_point = self.step, self.zero_point.to(x.dtype)
         return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero_point, low, high, factor)
 
     def _observe(self, x: torch.Tensor, source: int) -> None:

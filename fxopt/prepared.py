@@ -3,66 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt import deploy, dropout, ops
+from fxopt import deploy, dropout, ops, rounds
 from fxopt.backend import Backend
+from fxopt.capture import Captured
 from fxopt.compiled import CompiledModel
 from fxopt.compiler import Plan, as_args, check_kwargs
-from fxopt.execute import last_users
+from fxopt.errors import PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE, ActivationFakeQuantize, FakeQuantize
+from fxopt.frozen import Frozen
 from fxopt.passbase import Pass
 from fxopt.program import Program
 from fxopt.rewriter import Skip
-from fxopt.signature import Signature
-from fxopt.target import Target
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Frozen:
-    """What training does not change, and copies of a prepared model share.
-
-    Attributes:
-        program: the graph; its tensors are the module's, by name.
-        name: class name of the model.
-        target: to compile for.
-        inputs: flat example input leaves.
-        skips: what passes left alone.
-    """
-
-    program: Program
-    name: str
-    target: Target
-    inputs: list[Any]
-    skips: list[Skip]
-
-    def __deepcopy__(self, memo: object) -> Frozen:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a PreparedModel does not pickle: save its state_dict(), and load that into one that fxopt.prepare makes "
-            "from the same model"
-        )
-
-    @functools.cached_property
-    def dying(self) -> dict[fx.Node, list[fx.Node]]:
-        """For each node, the values that are needed for the last time there."""
-        return last_users(self.program.graph)
-
-    @functools.cache  # noqa: B019 - lives as long as the graph does
-    def signature(self, device: str) -> Signature:
-        """The signature for inputs on *device*."""
-        signature = self.program.signature
-        leaves = tuple(dataclasses.replace(leaf, device=device) for leaf in signature.inputs)
-        return signature if leaves == signature.inputs else dataclasses.replace(signature, inputs=leaves)
 
 
 class Part(nn.Module):
@@ -122,6 +81,7 @@ class PreparedModel(nn.Module):
         dynamic_shapes: Any = None,
         passes: str | Pass | Sequence[str | Pass] | None = None,
         calibration: Iterable[Any] | None = None,
+        loss: Callable[..., Any] | None = None,
         backend_options: Mapping[str, Any] | None = None,
         verify: bool = True,
         dump: str | os.PathLike[str] | None = None,
@@ -135,6 +95,7 @@ class PreparedModel(nn.Module):
             dynamic_shapes: sizes to keep open, with *example_inputs*.
             passes: further passes, which run after quantization is in place.
             calibration: data for those passes.
+            loss: for those of them that look at gradients.
             backend_options: options of the named backend.
             verify: check graph and outputs after each pass.
             dump: folder for one ``.fxir`` file per pass.
@@ -149,8 +110,8 @@ class PreparedModel(nn.Module):
         args, kwargs = as_args(example_inputs), example_kwargs
         check_kwargs(kwargs)
         plan = Plan.check(
-            module, frozen.target, deploy.listed(own, passes), calibration, backend, backend_options, verify, dump,
-            dynamic_shapes,
+            module, frozen.target, deploy.listed(own, passes), calibration, loss, backend, backend_options, verify,
+            dump, dynamic_shapes,
         )  # fmt: skip
         if args is None and kwargs is None:
             plan = dataclasses.replace(plan, captured=deploy.captured(own, module, frozen.inputs))
@@ -178,6 +139,43 @@ class PreparedModel(nn.Module):
     def freeze_batch_norm(self, frozen: bool = True) -> None:
         """Let batch norms use their running statistics in training too, and keep those as they are."""
         self._batch_norm_frozen = frozen
+
+    def prune_weights(self, ratio: float) -> None:
+        """Raise the share of weights that ``prune-weights`` holds at zero, by what they are now; no zero comes back.
+
+        For gradual pruning, with ratios such as ``fxopt.masks.gradual`` gives.
+
+        Raises:
+            InputError: *ratio* is not a share. PreconditionError: ``prune-weights`` has not prepared the model.
+        """
+        if self._frozen.masked is None:
+            raise PreconditionError('no weights are masked: fxopt.prepare(model, inputs, passes="prune-weights")')
+        self._frozen.masked.tighten(ratio, self._tensor)
+
+    def rewind(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take the weights back to *state*, a ``state_dict()`` of the dense model, cut as this model is.
+
+        For lottery tickets (Frankle and Carbin, ICLR 2019): train, prune, rewind to weights from early in training,
+        train again.
+
+        Raises:
+            InputError: *state* lacks a tensor, or has it in another shape; nothing has changed then.
+        """
+        rounds.rewind(self._frozen.program, self._tensor, state)
+
+    def captured(self) -> Captured:
+        """The graph with the weights as they are now, for ``fxopt.prepare`` to go on from.
+
+        Raises:
+            PreconditionError: it is prepared for quantization.
+        """
+        frozen = self._frozen
+        return rounds.captured(frozen.program, self, frozen.inputs, self._tensor)
+
+    def inherit(self, other: PreparedModel) -> None:
+        """Take over what *other*, from which this model was prepared, knows of training besides its graph."""
+        self._attention_dropout = dict(other._attention_dropout)
+        self._averages_all = set(other._averages_all)
 
     def step_sizes(self) -> Iterator[nn.Parameter]:
         """The learned scales of ``insert-fake-quant{learnable_step=true}``, for an optimizer group of their own."""
@@ -214,6 +212,16 @@ class PreparedModel(nn.Module):
 
     def _path(self, owner: nn.Module) -> str:
         return next(str(name) for name, module in self.named_modules() if module is owner)
+
+    @property
+    def program(self) -> Program:
+        """The graph that is trained. Its own tensors are those of the start; :meth:`tensor` has them as they are."""
+        return self._frozen.program
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter or buffer that the graph calls *name*."""
+        found: torch.Tensor = self._tensor(name)
+        return found
 
     def _tensor(self, name: str) -> Any:
         if name not in self._places:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-from fxopt import ops
+from fxopt import masks, ops
 from fxopt.errors import PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE, ActivationFakeQuantize, WeightFakeQuantize
 from fxopt.passbase import PassContext
@@ -45,6 +45,7 @@ class Deployed(Rewriter):
         for node in self.nodes():
             if ops.kind(node) == "dropout" and not ops.is_random(node):
                 self.replace(node, node.all_input_nodes[0])
+        masks.fold(self)
         apply(self, [BatchNormIntoProducer({})])
         apply(self, [_Add(scheme)])
         apply(self, [_Activation(scheme)])
@@ -152,11 +153,18 @@ def _weight(
         return
     known = next((u for u in weight.users if u.target is FAKE_QUANTIZE), None)
     if known is None:
-        name, tensor = f"of_{str(weight.target).replace('.', '_')}", rewriter.tensor(weight)
+        source, mask = masks.parts(rewriter, weight) or (weight, None)
+        name, tensor, kept = (
+            f"of_{str(source.target).replace('.', '_')}",
+            rewriter.tensor(source),
+            rewriter.tensor(mask),
+        )
         assert tensor is not None
+        tensor = tensor if kept is None else tensor * kept
         axis = 1 if ops.kind(unit) == "conv_transpose" else 0
         modules[name] = WeightFakeQuantize(scheme.weight, tensor, axis, learnable=learnable)
-        known = rewriter.call(FAKE_QUANTIZE, (weight, name, 0), before=rewriter.first_call(), origin=unit)
+        before = rewriter.first_call() if mask is None else weight.next
+        known = rewriter.call(FAKE_QUANTIZE, (weight, name, 0), before=before, origin=unit)
     rewriter.rewire(unit, weight, known)
 
 

@@ -167,6 +167,7 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("ada-round", positive),
     ("gptq", mlp),
     ("prune-channels", residual),
+    ("prune-weights", mlp),
 ]
 
 # Options that a case needs, passes that stand before, and what looks at data.

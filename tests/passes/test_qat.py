@@ -135,6 +135,16 @@ def test_steps_are_learned_and_stay_near_the_range() -> None:
         assert bool((scale <= 1.001 * widest * start).all())
 
 
+def test_steps_are_within_their_bounds_right_after_the_optimizer() -> None:
+    spec, x = "insert-fake-quant{qat=true,learnable_step=true}", torch.randn(8, 4)
+    prepared = fxopt.prepare(nn.Linear(4, 3), (x,), passes=spec, calibration=[(x,)])
+    with torch.no_grad():
+        for step in prepared.step_sizes():
+            step.mul_(100)
+    compiled = prepared.eval().compile(backend="onnx")
+    assert torch.allclose(compiled(x), prepared(x), atol=1e-3)
+
+
 def test_gradients_stop_where_values_are_clipped() -> None:
     prepared = fxopt.prepare(nn.Linear(3, 1), (torch.ones(1, 3),), calibration=[(torch.ones(1, 3),)])
     prepared.freeze_ranges()

@@ -1,0 +1,139 @@
+"""The smallest weights of convs and linears become zero. Lossy.
+
+    conv(x, @w)   →   conv(x, @w ⊙ m)       m = 0 for the share *ratio* of the weights whose |w| is smallest, else 1
+
+Also by blocks: the weight is seen as a matrix, output channels × everything else, cut into tiles of *block*, and a tile
+goes as a whole, by the mean of |w| in it (Han et al., "Learning both Weights and Connections for Efficient Neural
+Networks", NeurIPS 2015; for blocks, Narang et al., "Block-Sparse Recurrent Neural Networks", arXiv:1711.02782).
+
+In a graph that is to be trained the zeros are held by masks (``fxopt.masks``), and ``PreparedModel.prune_weights`` may
+raise the share in the course of training. Compiled, a pruned weight is an ordinary one with zeros in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+import warnings
+from typing import ClassVar, Literal
+
+import torch
+from torch import fx
+
+from fxopt import masks, ops
+from fxopt.errors import SpecError
+from fxopt.masks import UNITS, Blocks, Masked
+from fxopt.passbase import Pass, PassContext
+from fxopt.rewriter import Rewriter
+
+_BLOCK = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneWeights(Pass):
+    """Magnitude pruning of single weights or of blocks.
+
+    A second run changes nothing: what is that sparse already stays as it is. Of each weight one block stays at least.
+
+    Attributes:
+        ratio: share of the weights, or blocks, to set to zero; those that are zero count.
+        block: rows x columns of what goes together, such as "4x1"; the rows are output channels.
+        scope: "layer" for the ratio in each layer; "global" ranks all layers together.
+        keep: shell patterns; weights whose name fits stay as they are.
+    """
+
+    name: ClassVar[str] = "prune-weights"
+    exact: ClassVar[bool] = False
+    runs_after: ClassVar[tuple[str, ...]] = (
+        "canonicalize",
+        "common-subexpressions",
+        "fold-constants",
+        "prune-blocks",
+        "prune-channels",
+    )
+    runs_before: ClassVar[tuple[str, ...]] = (
+        "fuse-conv-bn-relu",
+        "merge-linears",
+        "cross-layer-equalization",
+        "smooth-quant",
+        "insert-fake-quant",
+        "cast-precision",
+    )
+    ratio: float = 0.5
+    block: str = "1x1"
+    scope: Literal["layer", "global"] = "layer"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise SpecError(f"prune-weights: ratio must be at least 0 and below 1, not {self.ratio}")
+        if not _BLOCK.fullmatch(self.block):
+            raise SpecError(f"prune-weights: block must be rows x columns, such as 4x1, not {self.block!r}")
+
+    def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
+        """Choose in all weights, then set to zero, and for training hold there."""
+        nodes = {str(node.target): node for node in self._candidates(rewriter)}
+        weights = {name: rewriter.program.constants[name] for name in nodes}
+        axes = {name: _channels(node) for name, node in nodes.items()}
+        masked = Masked(axes, self._blocks(), self.scope == "global")
+        kept = masked.kept(weights, self.ratio) if weights else {}
+        pruned = {name: torch.where(kept[name], weight, 0) for name, weight in weights.items()}
+        changed = {name: value for name, value in pruned.items() if not torch.equal(value, weights[name])}
+        if changed:
+            rewriter.resize(changed, {})
+        if ctx.training:
+            names = {name: masks.hold(rewriter, node, kept[name]) for name, node in nodes.items()}
+            rewriter.details["masks"] = dataclasses.replace(masked, masks=names)
+        zeros = {name: int((value == 0).sum()) for name, value in pruned.items()}
+        rewriter.details["sparsity"] = {name: zeros[name] / pruned[name].numel() for name in zeros}
+        share = sum(zeros.values()) / max(1, sum(value.numel() for value in pruned.values()))
+        rewriter.note(
+            f"{share:.1%} of the weights of {len(pruned)} layers are zero. No engine here computes faster for zeros; "
+            "the model is smaller only once it is compressed"
+        )
+
+    def _blocks(self) -> Blocks:
+        rows, columns = self.block.split("x")
+        return Blocks(int(rows), int(columns))
+
+    def _candidates(self, rewriter: Rewriter) -> list[fx.Node]:
+        """The weights to prune, once each; a reason is left at the readers of others."""
+        found = dict[fx.Node, None]()
+        names = set[str]()
+        for unit in [node for node in rewriter.nodes() if ops.kind(node) in UNITS]:
+            weight = ops.arguments(unit)["weight"]
+            if weight.op == "get_attr":
+                names.add(str(weight.target))
+            reason = self._refusal(rewriter, weight)
+            if reason is None:
+                found[weight] = None
+            else:
+                rewriter.skip(unit, reason)
+        for pattern in self.keep:
+            if not fnmatch.filter(names, pattern):
+                text = f"prune-weights: keep: {pattern!r} fits no weight, such as {min(names, default='')!r}"
+                rewriter.note(text)
+                warnings.warn(text, stacklevel=2)
+        return list(found)
+
+    def _refusal(self, rewriter: Rewriter, weight: fx.Node) -> str | None:
+        tensor = rewriter.tensor(weight)
+        if masks.parts(rewriter, weight) is not None:
+            return "its weight has a mask already"
+        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
+            return "its weight is not a constant of floating-point numbers"
+        if any(fnmatch.fnmatchcase(str(weight.target), pattern) for pattern in self.keep):
+            return "stays whole, as asked"
+        if len({ops.kind(user) for user in weight.users}) > 1 or not _only_as_weight(weight):
+            return "its weight is read by something else too"
+        return None
+
+
+def _only_as_weight(weight: fx.Node) -> bool:
+    return all(ops.kind(user) in UNITS and ops.arguments(user)["weight"] is weight for user in weight.users)
+
+
+def _channels(weight: fx.Node) -> int:
+    """The axis of the output channels."""
+    return 1 if any(ops.kind(user) == "conv_transpose" for user in weight.users) else 0
