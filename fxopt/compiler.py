@@ -169,7 +169,7 @@ class Plan:
         """Everything that can be found wrong before the model is looked at is found here."""
         if not isinstance(model, (nn.Module, ExportedProgram)):
             raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
-        if any(part.__class__.__name__ == "PreparedModel" for part in _parts(model)):
+        if any(getattr(part, "compiles_itself", False) is True for part in _parts(model)):
             raise InputError("this model comes from fxopt.prepare, and compiles itself: call its compile()")
         if isinstance(model, ExportedProgram) and shapes is not None:
             raise InputError("an ExportedProgram has its dynamic sizes already: give dynamic_shapes to torch.export")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ class PreparedModel(nn.Module):
 
     Parameters and buffers have the names that they have in the user's model. Inputs and outputs are those of the model.
     """
+
+    compiles_itself: ClassVar[bool] = True
 
     def __init__(
         self, frozen: Frozen, tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], model: nn.Module
@@ -96,9 +98,7 @@ class PreparedModel(nn.Module):
             passes: further passes, which run after quantization is in place.
             calibration: data for those passes.
             loss: for those of them that look at gradients.
-            backend_options: options of the named backend.
-            verify: check graph and outputs after each pass.
-            dump: folder for one ``.fxir`` file per pass.
+            backend_options, verify, dump: as there.
 
         Raises:
             PreconditionError: ranges of activations are not known: no calibration data was given, and no batch trained.
@@ -155,11 +155,10 @@ class PreparedModel(nn.Module):
     def rewind(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take the weights back to *state*, a ``state_dict()`` of the dense model, cut as this model is.
 
-        For lottery tickets (Frankle and Carbin, ICLR 2019): train, prune, rewind to weights from early in training,
-        train again.
+        For lottery tickets (Frankle and Carbin, ICLR 2019): train, prune, rewind, train again.
 
         Raises:
-            InputError: *state* lacks a tensor, or has it in another shape; nothing has changed then.
+            InputError: *state* lacks a tensor, or it has another shape; nothing has changed then.
         """
         rounds.rewind(self._frozen.program, self._tensor, state)
 
@@ -169,8 +168,7 @@ class PreparedModel(nn.Module):
         Raises:
             PreconditionError: it is prepared for quantization.
         """
-        frozen = self._frozen
-        return rounds.captured(frozen.program, self, frozen.inputs, self._tensor)
+        return rounds.captured(self._frozen.program, self, self._frozen.inputs, self._tensor)
 
     def inherit(self, other: PreparedModel) -> None:
         """Take over what *other*, from which this model was prepared, knows of training besides its graph."""
@@ -183,8 +181,7 @@ class PreparedModel(nn.Module):
 
     def extra_repr(self) -> str:
         """Model and inputs, for ``print``."""
-        frozen = self._frozen
-        return f"{frozen.name} for {frozen.target}, inputs=({frozen.program.signature.describe()})"
+        return f"{self.name} for {self._frozen.target}, inputs=({self.program.signature.describe()})"
 
     def _switch(self, *, enabled: bool) -> None:
         for module in self.fake_quant.values():
@@ -215,13 +212,17 @@ class PreparedModel(nn.Module):
 
     @property
     def program(self) -> Program:
-        """The graph that is trained. Its own tensors are those of the start; :meth:`tensor` has them as they are."""
+        """The graph that is trained. Its own tensors are those of the start, see :meth:`tensor`."""
         return self._frozen.program
+
+    @property
+    def name(self) -> str:
+        """Class name of the user's model."""
+        return self._frozen.name
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer that the graph calls *name*."""
-        found: torch.Tensor = self._tensor(name)
-        return found
+        return self._tensor(name)  # type: ignore[no-any-return]
 
     def _tensor(self, name: str) -> Any:
         if name not in self._places:

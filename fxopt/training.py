@@ -51,7 +51,8 @@ def prepare(
     ``train()`` and ``eval()``; what the model's Python code does in training alone (stochastic depth) is not in it.
 
     Args:
-        model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; parameters are copied.
+        model: nn.Module, ExportedProgram, fx.GraphModule, or a PreparedModel, whose inputs are known, for another
+            round of passes. Never modified; parameters are copied.
         example_inputs: positional example inputs, a tuple (or one tensor).
         target: as for :func:`fxopt.compile`.
         example_kwargs: keyword example inputs.
@@ -71,17 +72,25 @@ def prepare(
         CaptureError: the model cannot be captured. PreconditionError: a pass leaves nothing that can be trained.
     """
     where, listed = resolve_target(target), _trainable(spec.resolve(passes, registry.find_pass))
-    inputs = as_args(example_inputs)
-    check_kwargs(example_kwargs)
     check_loss(loss)
-    if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
-        raise InputError("fxopt.prepare captures the model at once: give example_inputs")
-    args, kwargs = pytree.tree_map(usable, (inputs or (), dict(example_kwargs or {})))
+    args, kwargs = _examples(model, example_inputs, example_kwargs)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        captured = capture(model, args, kwargs, dynamic_shapes)
+        if isinstance(model, PreparedModel):
+            captured, name = model.captured(), model.name
+        else:
+            captured, name = capture(model, args, kwargs, dynamic_shapes), type(model).__name__
         data = None if calibration is None else Calibration(calibration, captured.program.signature)
         ctx = PassContext(where, captured.inputs, data, engine=_engine(backend, where), training=True, loss=loss)
-        return _rewritten(captured, ctx, listed, verify, type(model).__name__)
+        return _rewritten(captured, ctx, listed, verify, name)
+
+
+def _examples(model: object, example_inputs: Any, example_kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = as_args(example_inputs)
+    check_kwargs(example_kwargs)
+    if inputs is None and example_kwargs is None and not isinstance(model, (ExportedProgram, PreparedModel)):
+        raise InputError("fxopt.prepare captures the model at once: give example_inputs")
+    args, kwargs = pytree.tree_map(usable, (inputs or (), dict(example_kwargs or {})))
+    return args, kwargs
 
 
 def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify: bool, name: str) -> PreparedModel:
@@ -92,7 +101,10 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     skips = [skip for record in records for skip in record.skips]
     masked = next((record.details["masks"] for record in records if "masks" in record.details), None)
     frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked)
-    return PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
+    prepared = PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
+    if isinstance(captured.model, PreparedModel):
+        prepared.inherit(captured.model)
+    return prepared
 
 
 def _engine(backend: str | Backend | None, target: Target) -> str:

@@ -26,10 +26,12 @@ from fxopt.passes.prune_channels.coupling import groups_of
 from fxopt.passes.prune_channels.criteria import Channels
 from fxopt.passes.prune_channels.groups import Group, Groups, find_groups, nested
 from fxopt.passes.prune_channels.plan import PruningPlan, choose, fitting
+from fxopt.passes.prune_channels.rounds import batch_norm_l1, group_lasso, per_round
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
+from fxopt.rounds import CUT
 
-__all__ = ["Channels", "PruneChannels", "PruningPlan", "find_groups"]
+__all__ = ["Channels", "PruneChannels", "PruningPlan", "batch_norm_l1", "find_groups", "group_lasso", "per_round"]
 
 _LATER = ("fuse-conv-bn-relu", "merge-linears")  # change the latency of what is measured
 _MEASUREMENTS = 8
@@ -136,7 +138,7 @@ class PruneChannels(Pass):
         )
 
     def _plan(self, rewriter: Rewriter, ctx: PassContext, groups: Groups, dense: tuple[int, int]) -> PruningPlan:
-        again = any(surgery.CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr"))
+        again = any(CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr"))
         budgets = {"macs": (budget.macs, dense[0]), "params": (budget.parameters, dense[1])}
         asked = next((name for name in budgets if getattr(self, name) is not None), None)
         if again and (asked or self.latency_ms is not None or self.plan is not None):
@@ -204,7 +206,7 @@ class PruneChannels(Pass):
         inside = {atom for atom, outer in around.items() if outer}
         outside = {one for outer in around.values() for one in outer}
         parameters = groups.coupling.program.graph.find_nodes(op="get_attr")
-        done = {str(node.target): node.meta.get(surgery.CUT, ()) for node in parameters}
+        done = {str(node.target): node.meta.get(CUT, ()) for node in parameters}
         found = []
         for group in groups.prunable:
             if any(member.axis in done[member.constant] for member in group.members):

@@ -137,7 +137,7 @@ def choose(
         if together and group.name not in own:
             wanted = int((values >= border).sum())
         else:
-            wanted = math.ceil(group.size * (1 - own.get(group.name, ratio)) - 1e-9)
+            wanted = math.floor(group.size * (1 - own.get(group.name, ratio)) + 0.5)
         count = rounded(wanted, group, multiple if isinstance(multiple, int) else multiple[group.name])
         if count < group.size:
             kept = values.topk(count).indices.sort().values

@@ -17,9 +17,9 @@ from fxopt.passes.prune_channels.coupling import Computed, Coupling, hint
 from fxopt.passes.prune_channels.dims import Atom, Fixed, Product, Sum, kept
 from fxopt.program import source_line
 from fxopt.rewriter import Rewriter
+from fxopt.rounds import CUT, KEPT
 
 aten = torch.ops.aten
-CUT = "pruned_axes"  # in the metadata of a parameter, so that a second run of the pass leaves the group alone
 
 
 def cut(rewriter: Rewriter, coupling: Coupling, plan: dict[Atom, torch.Tensor]) -> None:
@@ -38,6 +38,8 @@ def cut(rewriter: Rewriter, coupling: Coupling, plan: dict[Atom, torch.Tensor]) 
             if len(index) < dim.size:
                 value = value.index_select(axis, index.to(value.device))
                 node.meta[CUT] = {*node.meta.get(CUT, ()), axis}
+                before = node.meta.get(KEPT, {})
+                node.meta[KEPT] = {**before, axis: before[axis][index] if axis in before else index}
                 constants[str(node.target)] = value.contiguous()
     expected = {node: coupling.expected(node, plan) for node in program.graph.nodes if node.op == "call_function"}
     arguments = {}
