@@ -132,6 +132,8 @@ def parts(rewriter: Rewriter, node: object) -> tuple[fx.Node, fx.Node] | None:
         value, kept = rewriter.tensor(weight), rewriter.tensor(mask)
         if value is None or kept is None or value.shape != kept.shape or not value.is_floating_point():
             continue
+        if torch.result_type(value, kept) is not value.dtype:
+            continue
         if kept.dtype is torch.bool or bool(((kept == 0) | (kept == 1)).all()):
             assert isinstance(weight, fx.Node)
             assert isinstance(mask, fx.Node)

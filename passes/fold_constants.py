@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxopt import ops
+from fxopt import masks, ops
 from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter
 
@@ -38,7 +38,8 @@ class FoldConstants(Pass):
         return "it folds what is computed from parameters: the compile() of the prepared model runs it"
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
-        """One sweep: a folded node is a constant for the nodes after it."""
+        """One sweep: a folded node is a constant for the nodes after it. Weights under a mask keep their names."""
+        masks.fold(rewriter)
         lent_out = ops.lent_out(rewriter.program.graph)
         for node in rewriter.nodes():
             if node.op != "call_function" or not _is_constant(node, rewriter):
