@@ -38,6 +38,16 @@ def residual() -> Case:
     return model, (torch.randn(1, 4, 8, 8),)
 
 
+def stages() -> Case:
+    model = Model(
+        lambda m, x: m.head((m.block(m.stem(x)) + m.stem(x)).relu()),
+        stem=nn.Conv2d(3, 4, 1),
+        block=nn.Conv2d(4, 4, 3, padding=1),
+        head=nn.Conv2d(4, 2, 1),
+    )
+    return model, (torch.randn(1, 3, 8, 8),)
+
+
 def bn_before_conv() -> Case:
     return chain(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), (torch.randn(1, 4, 8, 8),)
 
@@ -168,15 +178,18 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("gptq", mlp),
     ("prune-channels", residual),
     ("prune-weights", mlp),
+    ("prune-blocks", stages),
 ]
 
 # Options that a case needs, passes that stand before, and what looks at data.
 OPTIONS = {
     "cast-precision": "{dtype=bf16}",
+    "prune-blocks": "{criterion=l1}",
     "insert-fake-quant": "{scheme=torch}",
 }
 QUANTIZED = "canonicalize,fuse-conv-bn-relu,insert-fake-quant{scheme=torch,smooth=false}"
 BEFORE = {
+    "prune-blocks": "canonicalize,common-subexpressions",
     **dict.fromkeys(("bias-correction", "ada-round", "gptq"), QUANTIZED),
     "insert-fake-quant": "canonicalize,fuse-conv-bn-relu",
     "freeze-quantized-weights": "canonicalize,insert-fake-quant{activations=none}",
