@@ -42,7 +42,7 @@ def export(
     bounds: Mapping[int, Bound] | None = None,
     *,
     explicit: bool = False,
-    float_biases: bool = False,
+    for_openvino: bool = False,
 ) -> OnnxFile:
     """*program* as an ONNX file. Its graph is rewritten, and weights that are in the file leave its constants.
 
@@ -53,7 +53,7 @@ def export(
         bounds: what integers the engine takes for an input, by its position among the flat ones.
         explicit: write quantization as TensorRT reads it: no integers but those that are quantized, biases in float,
             linears over all dimensions. Otherwise it is spelled as CPU engines find their kernels.
-        float_biases: leave the biases of quantized layers in float all the same, for an engine that adds them so.
+        for_openvino: leave the biases of quantized layers in float, as it adds them, and quantize no matrices.
 
     Raises:
         UnsupportedOp: the program mutates something, or an op has no translation; with its source line.
@@ -73,12 +73,12 @@ def export(
             _onnx_quantized_ops.register(registry)
         onnx_graph.prepare(program, registry)
         if quantized and not explicit:
-            _onnx_int8.flatten_linears(program)
+            _onnx_int8.reshape(program, no_matrices=for_openvino)
         interface = _interface(program, bounds)
         model, origins = _translate(program, registry)
         _clean(model, opset)
         if quantized and not explicit:
-            _onnx_int8.match_kernels(model, float_biases=float_biases)
+            _onnx_int8.match_kernels(model, float_biases=for_openvino)
         transposed = _onnx_quantized_ops.pack_blocks(model) if quantized else set()
         _onnx_pads.keep_apart(model)
         _name(model, program)

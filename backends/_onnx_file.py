@@ -106,7 +106,12 @@ class OnnxFile:
         """
         import onnx_ir
 
-        value = onnx_ir.load(self.path).graph.initializers[name].const_value
+        from fxopt.backends._onnx_quantized_ops import TRANSPOSED
+
+        stored = onnx_ir.load(self.path).graph.initializers
+        if name not in stored and f"{name}{TRANSPOSED}" in stored:
+            return self.constant(f"{name}{TRANSPOSED}").T.contiguous()
+        value = stored[name].const_value
         assert value is not None
         if value.dtype == onnx_ir.DataType.INT4:
             result = torch.from_numpy(value.numpy().astype("int8"))

@@ -32,6 +32,13 @@ def is_quantized(program: Program) -> bool:
     return any(ops.namespace(node) == "quantized_decomposed" for node in program.graph.nodes)
 
 
+def reshape(program: Program, *, no_matrices: bool) -> None:
+    """Quantize and multiply in the shapes that an engine has kernels for; see below."""
+    if no_matrices:
+        lift_matrices(program)
+    flatten_linears(program)
+
+
 def flatten_linears(program: Program) -> None:
     """Let every linear of a statically quantized value, whatever its rank, run on a matrix."""
     rewriter = Rewriter(program)
@@ -41,6 +48,28 @@ def flatten_linears(program: Program) -> None:
             shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
             if shape.count(-1) <= 1:
                 _flatten(rewriter, node, x, shape)
+
+
+def lift_matrices(program: Program) -> None:
+    """Let matrices be quantized as tensors of three dimensions.
+
+    quantize(x[N, C])   →   reshape(quantize(reshape(x, [1, N, C])), [N, C])
+
+    For OpenVINO: it turns a factor for each channel before the quantize into a range for each channel, also from
+    behind a mean, and then reads the wrong ones for a matrix, or other memory.
+    """
+    rewriter = Rewriter(program)
+    for node in rewriter.nodes():
+        x = node.args[0] if node.op == "call_function" and node.args else None
+        static = ops.namespace(node) == "quantized_decomposed" and ops.packet(node) == "quantize_per_tensor"
+        if static and isinstance(x, fx.Node) and x.op != "get_attr" and x.meta["val"].dim() == 2:
+            assert isinstance(node.target, torch._ops.OpOverload)
+            columns = x.meta["val"].shape[1]
+            if not isinstance(columns, int):
+                continue
+            lifted = rewriter.call(aten.reshape.default, (x, [1, -1, columns]), before=node)
+            q = rewriter.call(node.target, (lifted, *node.args[1:]), before=node)
+            rewriter.replace(node, rewriter.call(aten.reshape.default, (q, [-1, columns]), before=node))
 
 
 def _flatten(rewriter: Rewriter, node: fx.Node, x: fx.Node, shape: list[int]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+TRANSPOSED = "_t"  # after the name of a weight that lies so in the file
 BLOCKS_OPSET = 21  # the first whose DequantizeLinear knows blocks and int4
 
 _library = torch.library.Library("fxopt", "FRAGMENT")
@@ -85,7 +86,7 @@ def _fuse(rewriter: Rewriter, node: fx.Node, x: fx.Node, weight: fx.Node, bias: 
     if len(source.users) > 1:  # an embedding looks rows up: the file holds it once
         transposed = rewriter.call(torch.ops.aten.permute.default, (source, [1, 0]), before=node)
     else:
-        transposed = rewriter.constant(f"{source.target}_t", q.t().contiguous())
+        transposed = rewriter.constant(f"{source.target}{TRANSPOSED}", q.t().contiguous())
     target = torch.ops.fxopt.dynamic_linear.default
     rewriter.replace(node, rewriter.call(target, (x, transposed, weight.args[1], bias), before=node))
 

@@ -103,7 +103,7 @@ class OpenVinoBackend(Backend):
         fast = low or (rounded and torch.bfloat16 in target.native_dtypes)
         if low:
             _widen(program)
-        file = export(program, bounds=bounds, float_biases=True)  # the same kernels, and nothing is rounded
+        file = export(program, bounds=bounds, for_openvino=True)  # the same kernels, and nothing is rounded
         precision = self.precision or ("bf16" if fast else "f32")
         return OpenVinoExecutable(file, target, self._compile(file, precision) if runs_here(target) else None)
 

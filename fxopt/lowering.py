@@ -135,9 +135,10 @@ class Lowering:
         with self.stages.stage("lower"):
             self.stages.say(f"lowering to {backend.name}")
             owned = Program(program.copy().graph, program.constants, program.signature)
+            small = _besides_weights(program)
             executable = backend.lower(owned, self.plan.target, self.captured.inputs)
         names = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
-        program.constants = {name: value for name, value in program.constants.items() if name in names}
+        program.constants = {name: v for name, v in {**small, **program.constants}.items() if name in names}
         variant = Variant(program, executable, backend.name, report)
         if self.expected is not None and not self._random:
             self._check(variant)
@@ -219,3 +220,17 @@ class Lowering:
                 model(*args, **kwargs)
 
         return latency_ms(call, budget_s=0.2, warmup=0, calls=5)
+
+
+def _besides_weights(program: Program) -> dict[str, torch.Tensor]:
+    """Biases, scales and zero points: engines put them into their kernels, and the readable graph needs them too."""
+    nodes = program.graph.find_nodes(op="get_attr")
+    scales = {
+        n for n in nodes for user in n.users if ops.namespace(user) == "quantized_decomposed" and n in user.args[1:]
+    }
+    found = {str(n.target): program.constants[str(n.target)] for n in nodes}
+    return {
+        str(n.target): value
+        for n in nodes
+        if isinstance(value := found[str(n.target)], torch.Tensor) and (value.dim() <= 1 or n in scales)
+    }

@@ -10,18 +10,21 @@ s has one entry for each input channel, the maxima are over calibration data and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from fxopt import ops
+from fxopt.errors import InputError, SpecError
 from fxopt.execute import evaluate
 from fxopt.passbase import Pass, PassContext
+from fxopt.program import source_line
 from fxopt.rewriter import Rewriter
 
 aten = torch.ops.aten
+_FEWEST_ROWS = 16  # of a value, before anything is made of its extremes
 _COST = 2.5  # how much farther a channel must stand out for a multiplication of its own
 _SUFFIX = "_smoothed"  # of a weight's name: it is not smoothed again
 
@@ -43,7 +46,9 @@ class SmoothQuant(Pass):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, not {self.alpha}")
+            raise SpecError(f"smooth-quant: alpha must be from 0 to 1, not {self.alpha}")
+        if self.threshold < 1:
+            raise SpecError(f"smooth-quant: threshold must be at least 1, not {self.threshold}")
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """One run over the calibration data, then one edit for each value with outlier channels.
@@ -54,7 +59,10 @@ class SmoothQuant(Pass):
         readers = _readers(rewriter)
         if not readers:
             return
-        extents = _extents(rewriter, ctx.batches(self), set(readers))
+        extents, rows = _extents(rewriter, ctx.batches(self), set(readers))
+        if rows < _FEWEST_ROWS:
+            rewriter.note(f"{rows} rows of calibration data are too few to tell which channels stand out")
+            return
         for value, linears in readers.items():
             extent = extents[value]
             median = float(extent.median())
@@ -68,7 +76,9 @@ class SmoothQuant(Pass):
         weights = [rewriter.tensor(ops.arguments(linear)["weight"]) for linear in linears]
         largest = torch.stack([w.detach().float().abs().amax(0) for w in weights if w is not None]).amax(0)
         scale = extent.clamp_min(1e-5) ** self.alpha / largest.clamp_min(1e-5) ** (1 - self.alpha)
-        scale = (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)
+        seen = extent > 0
+        scale = (scale / scale[seen].log().mean().exp()).clamp(1e-4, 1e4)
+        scale = scale.where(seen, 1.0)  # what a channel does that was always zero is not known
         for linear, weight in zip(linears, weights, strict=True):
             assert weight is not None
             node = ops.arguments(linear)["weight"]
@@ -98,29 +108,37 @@ def _readers(rewriter: Rewriter) -> dict[fx.Node, list[fx.Node]]:
     return readers
 
 
-def _extents(rewriter: Rewriter, batches: Any, values: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
-    """Largest magnitude of each channel (the last axis) over all batches."""
+def _extents(
+    rewriter: Rewriter, batches: Iterable[Sequence[Any]], values: set[fx.Node]
+) -> tuple[dict[fx.Node, torch.Tensor], int]:
+    """Largest magnitude of each channel (the last axis) over all batches, and how many rows a value has had at least.
+
+    Raises:
+        InputError: a value is NaN or infinite.
+    """
     extents: dict[fx.Node, torch.Tensor] = {}
+    rows = dict.fromkeys(values, 0)
 
     def look(node: fx.Node, value: Any) -> None:
-        if node in values:
-            largest = value.detach().abs().reshape(-1, value.shape[-1]).amax(0)
+        if node in values and value.numel():
+            flat = value.detach().abs().reshape(-1, value.shape[-1])
+            largest = flat.amax(0)
+            if not bool(largest.isfinite().all()):
+                what = "an input" if node.op == "placeholder" else f"{node.name} ({source_line(node)})"
+                raise InputError(f"calibration: {what} is not finite")
+            rows[node] += len(flat)
             extents[node] = torch.maximum(extents[node], largest) if node in extents else largest
 
     for batch in batches:
-        _run(rewriter, batch, look)
-    return extents
-
-
-def _run(rewriter: Rewriter, batch: Sequence[Any], look: Any) -> None:
-    evaluate(rewriter.program, batch, observe=look)
+        evaluate(rewriter.program, batch, observe=look)
+    return {node: extents.get(node, torch.ones(1)) for node in values}, min(rows.values())
 
 
 def _is_image(value: fx.Node) -> bool:
-    """Whether *value* comes from a convolution or a pool by nothing but views."""
-    while ops.kind(value) in ("shape", "permute", "select", "copy"):
+    """Whether *value* comes from a convolution by nothing but views, activations and pooling."""
+    while ops.kind(value) in ("shape", "permute", "select", "copy", "pool", "reduce", "activation"):
         value = value.all_input_nodes[0]
-    return ops.kind(value) in ("pool", "conv", "reduce")
+    return ops.kind(value) == "conv"
 
 
 def _takes_factor(rewriter: Rewriter, value: fx.Node, shape: torch.Size) -> bool:

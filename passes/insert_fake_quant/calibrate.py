@@ -45,9 +45,12 @@ def observe(
         if node.name in watched:
             _update(watched[node.name], node, value)
 
+    def check(node: fx.Node, value: Any) -> None:
+        if node.name in watched and value.numel():
+            _update(observers.create("minmax"), node, value)
+
     for index, batch in enumerate(batches):
-        if not is_kept(index):
-            evaluate(program, batch, observe=look)
+        evaluate(program, batch, observe=check if is_kept(index) else look)
     return {name: Range(*observer.range(grid)) for name, observer in watched.items()}
 
 

@@ -82,7 +82,8 @@ def role(node: fx.Node) -> str:
 
 def carrier(node: fx.Node) -> fx.Node:
     """The op that makes *node*: the split behind one of its pieces, otherwise the node itself."""
-    return node.all_input_nodes[0] if ops.kind(node) == "getitem" else node
+    source = node.all_input_nodes[0] if ops.kind(node) == "getitem" else node
+    return source if ops.kind(source) == "select" else node  # any other op of several results is a wall
 
 
 def _is_spatial_mean(node: fx.Node) -> bool:

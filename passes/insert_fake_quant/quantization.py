@@ -59,7 +59,7 @@ class Quantization:
             self._choose_by_latency(exact)
         given = self.ctx.calibration is not None  # without, the example inputs have to do
         kept = calibrate.kept_back(self.ctx.batches(self.options)) if given else [self.ctx.inputs]
-        found = self._check(exact, kept) if kept and self.modes else []
+        found = self._check(exact, kept) if kept and (self.modes or self.tables) else []
         if self.options.on_loss == "repair":
             while found and self._lost(found) and self._put_back(exact, kept):
                 found = self._check(exact, kept)
@@ -232,14 +232,16 @@ class Quantization:
     def _put_back(self, exact: Program, kept: list[Sequence[Any]]) -> bool:
         """Return the layers to float that harm the outputs most; False where none is left to return."""
         without: dict[str, float] = {}
-        for name, mode in list(self.modes.items()):
-            del self.modes[name]
+        modes, tables = dict(self.modes), list(self.tables)
+        for name in (*modes, *tables):
+            self.modes = {other: mode for other, mode in modes.items() if other != name}
+            self.tables = [other for other in tables if other != name]
             self.observe(exact)
             without[name] = min(one.cosine for one in self._check(exact, kept[:1]))
-            self.modes[name] = mode
         worst = sorted(without, key=without.__getitem__, reverse=True)[: max(1, len(without) // 10)]
+        self.modes = {name: mode for name, mode in modes.items() if name not in worst}
+        self.tables = [name for name in tables if name not in worst]
         for name in worst:
-            del self.modes[name]
             self.reasons[name] = f"put back: without it quantized the outputs have cosine {without[name]:.4f}"
         return bool(worst)
 
@@ -274,6 +276,7 @@ class Quantization:
         worst = sorted(layers, key=lambda layer: layer.snr_db or 0.0)[:_WORST]
         outliers = "" if self.options.smooth else "smooth=true (outlier channels), "
         names = ", ".join(f"{layer.path} ({layer.snr_db:.1f} dB)" for layer in worst)
+        names = names or "none of them, but tables of embeddings"
         text = (
             f"insert-fake-quant lost more than cosine {self.options.cosine} allows: {'; '.join(map(str, lost))}. "
             f"Worst layers: {names}. Try {outliers}calibrator=mse, the passes bias-correction or ada-round after it, "

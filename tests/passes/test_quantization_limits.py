@@ -73,6 +73,135 @@ def test_a_method_without_anything_quantized_says_so(name: str) -> None:
         fxopt.compile(linears(), example_inputs=X, passes=name, backend="torch", calibration=[X] * 3)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.before, self.inner, self.after = nn.Linear(64, 64), kind(64, 64, batch_first=True), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.after(self.inner(self.before(x).relu())[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_is_a_wall(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, data = Recurrent(kind).eval(), [(torch.randn(4, 20, 64),) for _ in range(8)]
+    for backend in ("torch", "onnx"):
+        result = fxopt.compile(
+            model, example_inputs=data[0], passes="insert-fake-quant", calibration=data, backend=backend
+        )
+        graph = result.graph.graph
+        [layer] = [n for n in graph.nodes if n.op == "call_function" and "input" in str(n.target)]
+        assert all("uint8" not in n.name and "dequantize" not in n.name for n in layer.all_input_nodes[1:])
+        with torch.no_grad():
+            assert (
+                torch.nn.functional.cosine_similarity(result(*data[1]).flatten(), model(*data[1]).flatten(), 0) > 0.9998
+            )
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize(
+    "options", ["", "activations=dynamic", "activations=none", "activations=none,weights=int4,group_size=32"]
+)
+def test_the_graph_of_a_quantized_model_runs(options: str, backend: str) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)), [(torch.randn(64, 128),)] * 3
+    spec = f"insert-fake-quant{{{options}}}"
+    result = fxopt.compile(model, example_inputs=data[0], passes=spec, calibration=data, backend=backend)
+    [again] = result.graph(*data[0])
+    assert torch.nn.functional.cosine_similarity(again.flatten(), result(*data[0]).flatten(), 0) > 0.9999
+
+
+class Table(nn.Module):
+    """One column of the table, which the output does not depend on, makes the others too small for int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(500, 64), nn.Linear(63, 10)
+        with torch.no_grad():
+            self.table.weight[:, 0] *= 1000
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.table(ids)[..., 1:].mean(1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_tables_count_in_the_check_of_outputs(backend: str) -> None:
+    torch.manual_seed(0)
+    model, data = Table().eval(), [(torch.randint(0, 500, (8, 6)),) for _ in range(4)]
+
+    def run(on_loss: str) -> Any:
+        spec = f"insert-fake-quant{{on_loss={on_loss}}}"
+        return fxopt.compile(model, example_inputs=data[0], passes=spec, calibration=data, backend=backend)
+
+    with pytest.raises(VerifyError, match="lost more"):
+        run("raise")
+    result = run("repair")
+    with torch.no_grad():
+        assert torch.nn.functional.cosine_similarity(result(*data[1]).flatten(), model(*data[1]).flatten(), 0) > 0.999
+    assert any("put back" in layer.reason for layer in result.report.quantization.layers if layer.kind == "embedding")
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_batch_may_be_infinite_also_not_one_kept_back(bad: float, index: int) -> None:
+    data = [(torch.randn(2, 256),) for _ in range(5)]
+    data[index][0][0, 0] = bad
+    with pytest.raises(fxopt.InputError, match="calibration: an input is not finite"):
+        compiled(linears(), "", calibration=data)
+
+
+def test_a_channel_that_calibration_never_saw_is_not_smoothed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    data = [(torch.randn(32, 256),) for _ in range(4)]
+    for (x,) in data:
+        x[:, :4] = 0
+        x[:, 4:8] *= 50  # others stand out
+    spec = "smooth-quant,insert-fake-quant"
+    result = fxopt.compile(model, example_inputs=data[0], passes=spec, calibration=data, backend="onnx")
+    [record] = [one for one in result.report.passes if one.name == "smooth-quant"]
+    assert record.edits
+    factors = {name: value for name, value in result.graph.named_buffers() if "smoothing" in name}
+    assert factors
+    assert all(bool((value[:4] == 1).all()) for value in factors.values())
+    few = fxopt.compile(model, example_inputs=(torch.randn(1, 256),), passes=spec, calibration=[data[0][0][:1]])
+    [record] = [one for one in few.report.passes if one.name == "smooth-quant"]
+    assert not record.edits
+    assert any("too few" in note for note in record.notes)
+
+
+class Pooled(nn.Module):
+    """As the heads of vision transformers and mixers are, with a few gains that stand out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(128), nn.Linear(128, 100)
+        with torch.no_grad():
+            self.norm.weight[:3] *= 30
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.norm(x).mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_openvino_and_factors_of_channels_before_a_matrix_is_quantized(batch: int) -> None:
+    """It would read the ranges of other channels, or other memory."""
+    torch.manual_seed(1)
+    chain = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    with torch.no_grad():
+        chain.get_parameter("0.bias")[:3] = 30
+    for model, shape in ((Pooled().eval(), (batch, 4, 128)), (chain, (batch, 128))):
+        data = [(torch.randn(shape),) for _ in range(32)]
+        result = fxopt.compile(
+            model, example_inputs=data[0], passes="insert-fake-quant", calibration=data, backend="openvino"
+        )
+        with torch.no_grad():
+            assert (
+                torch.nn.functional.cosine_similarity(result(*data[1]).flatten(), model(*data[1]).flatten(), 0) > 0.998
+            )
+
+
 def linears() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10, bias=False))
