@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from fxopt.execute import last_users
 from fxopt.masks import Masked
@@ -34,7 +34,7 @@ class Frozen:
     target: Target
     inputs: list[Any]
     skips: list[Skip]
-    masked: Masked | None = None
+    masked: Masked
 
     def __deepcopy__(self, memo: object) -> Frozen:
         return self
@@ -56,3 +56,7 @@ class Frozen:
         signature = self.program.signature
         leaves = tuple(dataclasses.replace(leaf, device=device) for leaf in signature.inputs)
         return signature if leaves == signature.inputs else dataclasses.replace(signature, inputs=leaves)
+
+
+class Part(nn.Module):
+    """A submodule of the user's model, as the place of its parameters."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt import ops
-from fxopt.errors import InputError
+from fxopt.errors import InputError, PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE
 from fxopt.rewriter import Rewriter
 
@@ -80,16 +80,26 @@ class Masked:
         """Let *ratio* of the blocks be zero, in place; *tensor* gives weights and masks by name. No mask opens again.
 
         Raises:
-            InputError: *ratio* is not a share.
+            InputError: *ratio* is not a share. PreconditionError: there are no masks.
         """
         if not 0 <= ratio < 1:
             raise InputError(f"ratio must be at least 0 and below 1, not {ratio}")
+        if not self.masks:
+            raise PreconditionError('no weights are masked: fxopt.prepare(model, inputs, passes="prune-weights")')
         with torch.no_grad():
             now = {name: tensor(name) * tensor(mask) for name, mask in self.masks.items()}
             for name, kept in self.kept(now, ratio).items():
-                mask = tensor(self.masks[name])
-                mask.logical_and_(kept)
-                tensor(name).mul_(mask)
+                tensor(self.masks[name]).logical_and_(kept)
+        self.apply(tensor)
+
+    def apply(self, tensor: Callable[[str], torch.Tensor]) -> None:
+        """Set the weights to zero that are masked, in place."""
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                tensor(name).mul_(tensor(mask))
+
+
+NOTHING = Masked({}, Blocks(), together=False)
 
 
 def _largest(scores: Mapping[str, torch.Tensor], ratio: float) -> dict[str, torch.Tensor]:
@@ -114,11 +124,18 @@ def gradual(step: int, steps: int, final: float, initial: float = 0.0) -> float:
     return final + (initial - final) * left**3
 
 
-def hold(rewriter: Rewriter, weight: fx.Node, kept: torch.Tensor) -> str:
-    """Let all readers of the constant *weight* read it under a mask; gives the name of the mask."""
+def hold(rewriter: Rewriter, weight: fx.Node, mask: fx.Node | None, kept: torch.Tensor) -> str:
+    """Close the *mask* of the constant *weight* where not *kept*, or put one on it; gives the name of the mask."""
+    if mask is not None:
+        name, old = str(mask.target), rewriter.program.constants[str(mask.target)]
+        new = (old.bool() & kept).to(old.dtype)
+        if not torch.equal(old, new):
+            rewriter.resize({name: new}, {})
+        return name
     readers = list(weight.users)
     mask = rewriter.constant(f"{weight.target}_mask", kept)
-    product = rewriter.call(torch.ops.aten.mul.Tensor, (weight, mask), before=rewriter.first_call(), origin=readers[0])
+    multiply = torch.ops.aten.mul.Tensor
+    product = rewriter.call(multiply, (weight, mask), before=rewriter.first_call(), origin=readers[0])
     for reader in readers:
         rewriter.rewire(reader, weight, product)
     return str(mask.target)

@@ -16,16 +16,12 @@ from fxopt.backend import Backend
 from fxopt.capture import Captured
 from fxopt.compiled import CompiledModel
 from fxopt.compiler import Plan, as_args, check_kwargs
-from fxopt.errors import PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE, ActivationFakeQuantize, FakeQuantize
-from fxopt.frozen import Frozen
+from fxopt.frozen import Frozen, Part
+from fxopt.masks import Masked
 from fxopt.passbase import Pass
 from fxopt.program import Program
 from fxopt.rewriter import Skip
-
-
-class Part(nn.Module):
-    """A submodule of the user's model, as the place of its parameters."""
 
 
 class PreparedModel(nn.Module):
@@ -70,7 +66,7 @@ class PreparedModel(nn.Module):
         split = len(signature.outputs)
         with torch.no_grad():
             for back, value in zip(signature.writebacks, outputs[split:], strict=True):
-                place = leaves[back.input] if back.input is not None else self._tensor(str(back.constant))
+                place = leaves[back.input] if back.input is not None else self.tensor(str(back.constant))
                 place.copy_(value)
         return signature.unflatten(outputs[:split])
 
@@ -98,14 +94,16 @@ class PreparedModel(nn.Module):
             passes: further passes, which run after quantization is in place.
             calibration: data for those passes.
             loss: for those of them that look at gradients.
-            backend_options, verify, dump: as there.
+            backend_options: options of the named backend.
+            verify: check graph and outputs after each pass.
+            dump: folder for one ``.fxir`` file per pass.
 
         Raises:
             PreconditionError: ranges of activations are not known: no calibration data was given, and no batch trained.
             FxoptError: as :func:`fxopt.compile`.
         """
         frozen = self._frozen
-        own = deploy.program(frozen.program, self._tensor, self.fake_quant)
+        own = deploy.program(frozen.program, self.tensor, self.fake_quant)
         module = deploy.as_module(own, frozen.name)
         args, kwargs = as_args(example_inputs), example_kwargs
         check_kwargs(kwargs)
@@ -141,16 +139,12 @@ class PreparedModel(nn.Module):
         self._batch_norm_frozen = frozen
 
     def prune_weights(self, ratio: float) -> None:
-        """Raise the share of weights that ``prune-weights`` holds at zero, by what they are now; no zero comes back.
-
-        For gradual pruning, with ratios such as ``fxopt.masks.gradual`` gives.
+        """Raise the share of weights that ``prune-weights`` holds at zero; ``fxopt.masks.gradual`` is a schedule.
 
         Raises:
             InputError: *ratio* is not a share. PreconditionError: ``prune-weights`` has not prepared the model.
         """
-        if self._frozen.masked is None:
-            raise PreconditionError('no weights are masked: fxopt.prepare(model, inputs, passes="prune-weights")')
-        self._frozen.masked.tighten(ratio, self._tensor)
+        self.masked.tighten(ratio, self.tensor)
 
     def rewind(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take the weights back to *state*, a ``state_dict()`` of the dense model, cut as this model is.
@@ -160,7 +154,8 @@ class PreparedModel(nn.Module):
         Raises:
             InputError: *state* lacks a tensor, or it has another shape; nothing has changed then.
         """
-        rounds.rewind(self._frozen.program, self._tensor, state)
+        rounds.rewind(self._frozen.program, self.tensor, state)
+        self.masked.apply(self.tensor)
 
     def captured(self) -> Captured:
         """The graph with the weights as they are now, for ``fxopt.prepare`` to go on from.
@@ -168,7 +163,7 @@ class PreparedModel(nn.Module):
         Raises:
             PreconditionError: it is prepared for quantization.
         """
-        return rounds.captured(self._frozen.program, self, self._frozen.inputs, self._tensor)
+        return rounds.captured(self._frozen.program, self, self._frozen.inputs, self.tensor)
 
     def inherit(self, other: PreparedModel) -> None:
         """Take over what *other*, from which this model was prepared, knows of training besides its graph."""
@@ -220,11 +215,13 @@ class PreparedModel(nn.Module):
         """Class name of the user's model."""
         return self._frozen.name
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The parameter or buffer that the graph calls *name*."""
-        return self._tensor(name)  # type: ignore[no-any-return]
+    @property
+    def masked(self) -> Masked:
+        """The weights that ``prune-weights`` holds at zero."""
+        return self._frozen.masked
 
-    def _tensor(self, name: str) -> Any:
+    def tensor(self, name: str) -> Any:
+        """The parameter or buffer that the graph calls *name*; or the subgraph."""
         if name not in self._places:
             return self._frozen.program.constants[name]  # a subgraph
         path, last = self._places[name]
@@ -246,7 +243,7 @@ class PreparedModel(nn.Module):
             if node.op == "placeholder":
                 values[node] = next(feed)
             elif node.op == "get_attr":
-                values[node] = self._tensor(str(node.target))
+                values[node] = self.tensor(str(node.target))
             elif node.op == "output":
                 return list(fx.node.map_arg(node.args[0], values.__getitem__))
             else:

@@ -20,6 +20,7 @@ from fxopt.program import Program
 # Metadata of a parameter: the axes that a pass has cut, so that it leaves them alone when it runs again; and for each
 # axis which indices of the user's tensor are left, over all rounds.
 CUT, KEPT = "pruned_axes", "kept_indices"
+REMOVED = "removed_blocks"  # of the output: how many residual branches are gone
 
 Tensor = Callable[[str], Any]
 
@@ -32,7 +33,8 @@ def captured(program: Program, model: nn.Module, inputs: list[Any], tensor: Tens
     """
     again = program.copy()
     for node in again.graph.nodes:
-        node.meta.pop(CUT, None)
+        for key in (CUT, REMOVED):
+            node.meta.pop(key, None)
         if node.target is FAKE_QUANTIZE:
             raise PreconditionError("the model was prepared for quantization: other passes go before or beside that")
     for name, value in again.constants.items():

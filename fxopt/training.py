@@ -99,7 +99,8 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     for record in records:
         modules |= record.details.get("fake_quant", {})
     skips = [skip for record in records for skip in record.skips]
-    masked = next((record.details["masks"] for record in records if "masks" in record.details), None)
+    earlier = captured.model.masked if isinstance(captured.model, PreparedModel) else masks.NOTHING
+    masked = next((record.details["masks"] for record in records if "masks" in record.details), earlier)
     frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked)
     prepared = PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
     if isinstance(captured.model, PreparedModel):

@@ -7,7 +7,8 @@ goes as a whole, by the mean of |w| in it (Han et al., "Learning both Weights an
 Networks", NeurIPS 2015; for blocks, Narang et al., "Block-Sparse Recurrent Neural Networks", arXiv:1711.02782).
 
 In a graph that is to be trained the zeros are held by masks (``fxopt.masks``), and ``PreparedModel.prune_weights`` may
-raise the share in the course of training. Compiled, a pruned weight is an ordinary one with zeros in it.
+raise the share in the course of training. Masks that are there already, those of ``torch.nn.utils.prune`` too, close
+further and never open. Compiled, a pruned weight is an ordinary one with zeros in it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,26 @@ from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter
 
 _BLOCK = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A weight that can be pruned.
+
+    Attributes:
+        read: what convs or linears read: the weight, or its product with a mask.
+        weight: the constant itself; ``mask``: likewise, where there is one.
+    """
+
+    read: fx.Node
+    weight: fx.Node
+    mask: fx.Node | None
+
+    def value(self, rewriter: Rewriter) -> torch.Tensor:
+        """The weight as it is read."""
+        weight, mask = rewriter.tensor(self.weight), rewriter.tensor(self.mask)
+        assert weight is not None
+        return weight if mask is None else weight * mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +94,17 @@ class PruneWeights(Pass):
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Choose in all weights, then set to zero, and for training hold there."""
-        nodes = {str(node.target): node for node in self._candidates(rewriter)}
-        weights = {name: rewriter.program.constants[name] for name in nodes}
-        axes = {name: _channels(node) for name, node in nodes.items()}
+        found = {str(one.weight.target): one for one in self._candidates(rewriter)}
+        weights = {name: one.value(rewriter) for name, one in found.items()}
+        axes = {name: _channels(one.read) for name, one in found.items()}
         masked = Masked(axes, self._blocks(), self.scope == "global")
         kept = masked.kept(weights, self.ratio) if weights else {}
         pruned = {name: torch.where(kept[name], weight, 0) for name, weight in weights.items()}
-        changed = {name: value for name, value in pruned.items() if not torch.equal(value, weights[name])}
+        changed = {name: new for name, new in pruned.items() if not torch.equal(new, rewriter.program.constants[name])}
         if changed:
             rewriter.resize(changed, {})
         if ctx.training:
-            names = {name: masks.hold(rewriter, node, kept[name]) for name, node in nodes.items()}
+            names = {name: masks.hold(rewriter, one.weight, one.mask, kept[name]) for name, one in found.items()}
             rewriter.details["masks"] = dataclasses.replace(masked, masks=names)
         zeros = {name: int((value == 0).sum()) for name, value in pruned.items()}
         rewriter.details["sparsity"] = {name: zeros[name] / pruned[name].numel() for name in zeros}
@@ -97,17 +118,18 @@ class PruneWeights(Pass):
         rows, columns = self.block.split("x")
         return Blocks(int(rows), int(columns))
 
-    def _candidates(self, rewriter: Rewriter) -> list[fx.Node]:
+    def _candidates(self, rewriter: Rewriter) -> list[Candidate]:
         """The weights to prune, once each; a reason is left at the readers of others."""
-        found = dict[fx.Node, None]()
+        found = dict[fx.Node, Candidate]()
         names = set[str]()
         for unit in [node for node in rewriter.nodes() if ops.kind(node) in UNITS]:
-            weight = ops.arguments(unit)["weight"]
-            if weight.op == "get_attr":
-                names.add(str(weight.target))
-            reason = self._refusal(rewriter, weight)
+            read = ops.arguments(unit)["weight"]
+            one = Candidate(read, *(masks.parts(rewriter, read) or (read, None)))
+            if one.weight.op == "get_attr":
+                names.add(str(one.weight.target))
+            reason = self._refusal(rewriter, one)
             if reason is None:
-                found[weight] = None
+                found[read] = one
             else:
                 rewriter.skip(unit, reason)
         for pattern in self.keep:
@@ -115,17 +137,16 @@ class PruneWeights(Pass):
                 text = f"prune-weights: keep: {pattern!r} fits no weight, such as {min(names, default='')!r}"
                 rewriter.note(text)
                 warnings.warn(text, stacklevel=2)
-        return list(found)
+        return list(found.values())
 
-    def _refusal(self, rewriter: Rewriter, weight: fx.Node) -> str | None:
-        tensor = rewriter.tensor(weight)
-        if masks.parts(rewriter, weight) is not None:
-            return "its weight has a mask already"
+    def _refusal(self, rewriter: Rewriter, one: Candidate) -> str | None:
+        tensor = rewriter.tensor(one.weight)
         if tensor is None or not tensor.is_floating_point() or not tensor.numel():
             return "its weight is not a constant of floating-point numbers"
-        if any(fnmatch.fnmatchcase(str(weight.target), pattern) for pattern in self.keep):
+        if any(fnmatch.fnmatchcase(str(one.weight.target), pattern) for pattern in self.keep):
             return "stays whole, as asked"
-        if len({ops.kind(user) for user in weight.users}) > 1 or not _only_as_weight(weight):
+        shared = one.mask is not None and len(one.weight.users) + len(one.mask.users) > 2
+        if shared or len({ops.kind(user) for user in one.read.users}) > 1 or not _only_as_weight(one.read):
             return "its weight is read by something else too"
         return None
 

@@ -29,8 +29,7 @@ from fxopt.execute import evaluate
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.prune_blocks.branches import LAYERS, Branch, find
 from fxopt.rewriter import Rewriter
-
-_REMOVED = "fxopt_removed_blocks"  # in the meta of the output: how many are gone
+from fxopt.rounds import REMOVED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Block:
 class PruneBlocks(Pass):
     """Remove the residual branches that do least.
 
-    A second run removes no more: *count* and *ratio* are what is gone in the end.
+    A second run removes no more: *count* and *ratio* are what is gone in the end, of one round of ``fxopt.prepare``.
 
     Attributes:
         count: branches to remove; fewer where there are not as many.
@@ -91,7 +90,7 @@ class PruneBlocks(Pass):
             PreconditionError: ``criterion=similarity``, and no calibration data.
         """
         output = rewriter.program.output
-        gone_before = int(output.meta.get(_REMOVED, 0))
+        gone_before = int(output.meta.get(REMOVED, 0))
         found = self._candidates(rewriter)
         share = self.count if self.ratio is None else round(self.ratio * (len(found) + gone_before))
         wanted = max(0, share - gone_before)
@@ -100,7 +99,7 @@ class PruneBlocks(Pass):
         gone = _chosen(rewriter, ranked, wanted)
         for branch in gone:
             _remove(rewriter, branch, gone)
-        output.meta[_REMOVED] = gone_before + len(gone)
+        output.meta[REMOVED] = gone_before + len(gone)
         blocks = tuple(Block(branch.name, scores[branch], branch in gone) for branch in ranked)
         rewriter.details["blocks"] = blocks
         names = ", ".join(f"{block.name} ({block.score:.3g})" for block in blocks if block.removed)

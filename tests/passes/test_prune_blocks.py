@@ -236,6 +236,12 @@ def test_training_without_the_branches() -> None:
     assert torch.allclose(compiled(X), prepared(X), atol=1e-5)
 
 
+def test_each_round_removes_more() -> None:
+    first = fxopt.prepare(Net(), (X,), passes="prune-blocks{criterion=l1}")
+    second = fxopt.prepare(first, passes="prune-blocks{criterion=l1}")
+    assert torch.allclose(second.eval()(X), Net(0, 1)(X), atol=1e-5)
+
+
 def test_dynamic_shapes() -> None:
     compiled = fxopt.compile(
         Net(), example_inputs=(X,), passes="prune-blocks{count=2}", calibration=[(X,)], backend="torch",

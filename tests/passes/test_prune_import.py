@@ -145,10 +145,18 @@ def test_channels_are_pruned_with_their_masks() -> None:
     assert torch.allclose(compiled(X), prepared(X), atol=1e-5)
 
 
-def test_a_mask_is_not_put_on_a_mask() -> None:
-    prepared = fxopt.prepare(pruned("twice"), (X,), passes="prune-weights")
-    assert [skip.reason for skip in prepared.skips] == ["its weight has a mask already"]
+def test_masks_close_further() -> None:
+    model = pruned("twice")
+    prepared = fxopt.prepare(model, (X,), passes="prune-weights{ratio=0.9}")
+    before, after = masks_of(model)["conv.weight_mask"], prepared.get_buffer("conv.weight_mask")
+    assert not bool(((after == 1) & (before == 0)).any())
+    assert float(after.mean()) == pytest.approx(0.1, abs=0.01)
     assert prepared.get_buffer("head.weight_mask").dtype is torch.bool
+    prepared.prune_weights(0.95)
+    assert float(prepared.get_buffer("conv.weight_mask").mean()) == pytest.approx(0.05, abs=0.01)
+    train(prepared)
+    compiled = prepared.eval().compile(backend="torch")
+    assert torch.allclose(compiled(X), prepared(X), atol=1e-5)
 
 
 def test_layers_keep_their_names() -> None:

@@ -242,6 +242,26 @@ def test_there_are_no_masks_to_raise() -> None:
         fxopt.prepare(small(), (X,), passes="prune-weights").prune_weights(1.5)
 
 
+def test_in_rounds() -> None:
+    """A lottery ticket: prune, rewind, train, prune further."""
+    model = small()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    first = fxopt.prepare(model, (X,), passes="prune-weights{ratio=0.5}")
+    train(first)
+    second = fxopt.prepare(first, passes="prune-weights{ratio=0.75}")
+    third = fxopt.prepare(second, passes="")
+    for name, mask in held(second).items():
+        assert not bool((mask & ~held(first)[name]).any()), "no mask opens"
+        assert mask.double().mean() == pytest.approx(0.25, abs=0.01)
+        assert torch.equal(held(third)[name], mask)
+    third.rewind(start)
+    for name, mask in held(third).items():
+        weight = name.removesuffix("_mask")
+        assert torch.equal(third.get_parameter(weight), start[weight] * mask)
+    third.prune_weights(0.9)
+    assert all(float(mask.double().mean()) < 0.11 for mask in held(third).values())
+
+
 @pytest.mark.parametrize("learned", ["true", "false"])
 def test_masks_and_rounding_together(learned: str) -> None:
     passes = f"prune-weights{{ratio=0.8}},insert-fake-quant{{qat=true,learnable_step={learned}}}"
