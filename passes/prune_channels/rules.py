@@ -211,6 +211,7 @@ _BY_PACKET: dict[str, Callable[..., Any]] = {
     "prelu": prelu,
     "_prelu_kernel": pointwise,
     "expand_as": pointwise,
+    "copy": pointwise,
 }
 _BY_KIND: dict[str, Callable[..., Any]] = {
     "conv": conv,

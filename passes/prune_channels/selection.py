@@ -41,6 +41,19 @@ def gather(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     return chosen
 
 
+def scatter(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Written into at some places of one axis, at all of the others."""
+    x, src = c.of(a["self"]), c.of(a["src"])
+    at = a["dim"] % len(x)
+    freeze(x[at], f"{node.name} writes into it")
+    if ops.packet(node) == "select_scatter":
+        src.insert(at, x[at])
+    for own, other in zip([*x[:at], *x[at + 1 :]], [*src[:at], *src[at + 1 :]], strict=True):
+        unify(own, other, f"{node.name} writes something of another structure into it")
+    freeze(src[at], f"{node.name} writes it somewhere")
+    return x
+
+
 def _slice(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int) -> Axes | None:
     out = c.fixed(node.meta["val"])[at]
     whole, size = x[at].size, out.size
@@ -190,6 +203,7 @@ def create(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 _EACH: dict[Callable[..., Any], str] = {
     take: "slice select index_select",
     gather: "gather",
+    scatter: "slice_scatter select_scatter",
     index: "index",
     resample: "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
     "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d",

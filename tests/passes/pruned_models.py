@@ -39,11 +39,16 @@ def equals_masked(
     dynamic: Any = None,
     others: Sequence[Any] = (),
 ) -> Program:
-    """Prune a random half of every group that no norm mixes, and compare with the dense model under a mask.
-
-    *others* are inputs of other sizes, for *dynamic* shapes.
-    """
+    """:func:`half_of` a model, captured with *dynamic* shapes; *others* are inputs of other sizes for these."""
     dense, flat = cleaned(model, inputs, dynamic)
+    return half_of(dense, [flat, *others], least=least, norms=norms)
+
+
+def half_of(dense: Program, inputs: Sequence[Any], *, least: int = 1, norms: bool = False) -> Program:
+    """Without a random half of every group; equal to *dense* under a mask, for each of *inputs*.
+
+    Groups that a norm mixes stay, or with *norms* go as well: then nothing is compared.
+    """
     groups = find_groups(dense)
     chosen = [group for group in groups.prunable if norms or not group.atom.mixed]
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +59,7 @@ def equals_masked(
     fresh = find_groups(program := dense.copy())
     surgery.cut(Rewriter(program), fresh.coupling, plan.resolve(fresh))
     verify.check_graph(program)
-    for given in [] if norms else [flat, *others]:
+    for given in [] if norms else inputs:
         difference = verify.compare(masked(dense, groups.coupling, indices, given), verify.run(program, given))
         assert difference.error < 1e-4, difference
     return program

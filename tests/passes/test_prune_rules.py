@@ -34,6 +34,14 @@ def shuffled(y: torch.Tensor, chunks: int) -> Any:
     return halves.transpose(1, 2).flatten(1, 2).chunk(chunks, 1)[0]
 
 
+def _written(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of *y* replaced, in the ways that in-place writes become."""
+    y = y.clone()
+    y[1:3] = rows
+    y[0] += rows[1]
+    return y
+
+
 PRUNED: dict[str, tuple[Model, tuple[Any, ...]]] = {
     "einsum broadcasts": (
         line(lambda m, y: torch.einsum("bc,bc->bc", y[:, None].sum(-1), m.c), c=torch.randn(4, 8)), ROWS),
@@ -64,6 +72,12 @@ PRUNED: dict[str, tuple[Model, tuple[Any, ...]]] = {
     "fold": (picture(lambda m, y: F.fold(m.c(F.unfold(y, 2, stride=2)), (6, 6), 2, stride=2), 8, 6,
                      c=nn.Conv1d(32, 24, 1)), IMAGE),
     "grid_sample": (picture(lambda m, y: F.grid_sample(y, m.g, align_corners=False), g=torch.rand(1, 5, 5, 2)), IMAGE),
+    "gather along rows": (line(lambda m, y: y.gather(0, m.i.expand(2, 8)), i=torch.tensor([[1], [3]])), ROWS),
+    "index of two axes": (
+        line(lambda m, y: (y[..., None] * m.s)[m.i, :, m.i] + (y[:, None] * m.s[..., None])[m.i, m.i],
+             s=torch.randn(3), i=torch.tensor([2, 0])), ROWS),
+    "written into": (line(lambda m, y: _written(y, m.c(y[:2])), c=nn.Linear(8, 8)), ROWS),
+    "broadcast_to": (line(lambda m, y: torch.broadcast_to(m.s, (4, 8)) * y, s=torch.randn(1, 8)), ROWS),
     "a half of an odd shuffle": (picture(lambda m, y: shuffled(y, 2), 18, 9), IMAGE),
     "a third of a shuffle": (picture(lambda m, y: shuffled(y, 3), 24, 8), IMAGE),
     "tokens of instance norm": (
@@ -84,6 +98,9 @@ def test_equals_the_dense_model_under_a_mask(name: str) -> None:
         line(lambda m, y: y.view(torch.float64).float(), 8, 4),
         line(lambda m, y: y.repeat_interleave(torch.tensor([2] * 8), 1, output_size=16), 8, 16),
         line(lambda m, y: y[:, 1::3], 8, 3),
+        line(lambda m, y: y.gather(1, m.i), i=torch.tensor([[7, 6, 5, 4, 3, 2, 1, 0]] * 4)),
+        line(lambda m, y: y.clone().index_fill(1, m.i, 0.0), i=torch.tensor([1])),
+        line(lambda m, y: torch.slice_scatter(y, y[:, 4:], 1, 0, 4)),
         line(lambda m, y: y.unfold(1, 3, 1).sum(-1), 8, 6),
         line(lambda m, y: torch.linalg.vector_norm(y, -1.0, -1, keepdim=True) * y),
         line(lambda m, y: torch.einsum("ij,ji", y, y.T) * y),
