@@ -9,6 +9,7 @@ columns whose inputs are largest are rounded first, while all others can still m
 
 The scales are those that insert-fake-quant chose, one for each row or each group of a row: int8 and int4 alike. x' is
 what the layer reads once the layers before it are quantized. A linear keeps rounding to nearest where that is better.
+What pruning has set to zero stays zero, and the others make up for that (Frantar and Alistarh 2023, "SparseGPT").
 Beside a moved weight an existing bias is corrected as by ``bias-correction``, which cannot do it later.
 """
 
@@ -96,12 +97,13 @@ class Gptq(Pass):
         factor = self._factor(hessian[order][:, order], seen[order])
         if factor is None:
             return None
-        result = torch.empty_like(weight)
+        result, pruned = torch.empty_like(weight), weight == 0  # which take no part, as in SparseGPT
         for start in range(0, weight.shape[1], self.block):
             end = min(start + self.block, weight.shape[1])
             errors = torch.empty(len(weight), end - start, dtype=weight.dtype)
             for j in range(start, end):
                 q = (weight[:, j] / scale[:, j]).round().clamp(grid.qmin, grid.qmax)
+                q[pruned[:, j]] = 0
                 result[:, j] = q
                 errors[:, j - start] = (weight[:, j] - q * scale[:, j]) / factor[j, j]
                 weight[:, j:end] -= errors[:, j - start, None] * factor[j, j:end]

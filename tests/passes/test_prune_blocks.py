@@ -64,7 +64,7 @@ def calls(checked: Checked, op: str) -> int:
 
 
 @pytest.mark.parametrize("criterion", ["similarity", "l1"])
-@pytest.mark.parametrize(("count", "gone"), [(0, ()), (1, (1,)), (2, (0, 1)), (3, (0, 1, 2)), (9, (0, 1, 2))])
+@pytest.mark.parametrize(("count", "gone"), [(0, ()), (2, (0, 1)), (9, (0, 1, 2))])
 def test_equals_the_model_without_the_branches(count: int, gone: tuple[int, ...], criterion: str) -> None:
     model = Net()
     checked = check(f"count={count},criterion={criterion}", model, X)
@@ -216,6 +216,7 @@ def test_options_that_make_no_sense() -> None:
 # What comes after.
 
 
+@pytest.mark.slow
 def test_pruned_fused_and_quantized_like_any_other() -> None:
     passes = "prune-blocks{count=1},prune-channels{ratio=0.5},prune-weights{ratio=0.5},insert-fake-quant{cosine=-1}"
     compiled = fxopt.compile(Net(), example_inputs=(X,), passes=passes, calibration=[(X,)], backend="torch")
@@ -272,7 +273,7 @@ FOUND = {
     "hf-swin": 8,
     "whisper-encoder": 4,
 }
-FAST = ("bert", "gpt2", "llama")
+FAST = ("gpt2",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FOUND])

@@ -55,6 +55,10 @@ PRUNED: dict[str, Callable[[Net], Any]] = {
 }
 
 
+FAST = ("global_unstructured", "twice")
+HOW = [how if how in FAST else pytest.param(how, marks=pytest.mark.slow) for how in PRUNED]
+
+
 def pruned(how: str) -> nn.Module:
     torch.manual_seed(0)
     model = Net()
@@ -74,7 +78,7 @@ def train(model: nn.Module) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("how", PRUNED)
+@pytest.mark.parametrize("how", HOW)
 def test_compiled_as_one_constant(how: str) -> None:
     model = pruned(how)
     compiled = fxopt.compile(model, example_inputs=(X,), backend="torch")
@@ -87,7 +91,7 @@ def test_compiled_as_one_constant(how: str) -> None:
         assert sum(int((value == 0).sum()) for value in weights) == expected
 
 
-@pytest.mark.parametrize("how", PRUNED)
+@pytest.mark.parametrize("how", HOW)
 def test_training_is_that_of_the_model_itself(how: str) -> None:
     model = pruned(how).train()
     prepared = fxopt.prepare(model, (X,), passes="")
@@ -114,7 +118,7 @@ def test_the_state_of_the_model_loads() -> None:
 
 
 @pytest.mark.parametrize("learned", ["true", "false"])
-@pytest.mark.parametrize("how", ["global_unstructured", "twice"])
+@pytest.mark.parametrize("how", ["twice", pytest.param("global_unstructured", marks=pytest.mark.slow)])
 def test_trained_with_rounding(how: str, learned: str) -> None:
     model, passes = pruned(how), f"insert-fake-quant{{qat=true,learnable_step={learned}}}"
     prepared = fxopt.prepare(model, (X,), passes=passes, calibration=[(X,)], backend="onnx")

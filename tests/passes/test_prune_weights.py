@@ -51,7 +51,7 @@ def integers(model: fxopt.CompiledModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("block", ["1x1", "4x1", "1x4", "16x1", "2x8"])
+@pytest.mark.parametrize("block", ["1x1", "4x1", pytest.param("16x1", marks=pytest.mark.slow), "2x8"])
 def test_the_smallest_blocks_become_zero(block: str, scope: str) -> None:
     model = small()
     checked = check_pass(f"prune-weights{{ratio=0.5,block='{block}',scope={scope}}}", model, (X,))
@@ -169,6 +169,15 @@ def test_zeros_stay_through_int8() -> None:
     assert all((value == 0).double().mean() >= 0.89 for value in integers(compiled))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["gptq", "ada-round", "bias-correction"])
+def test_zeros_stay_when_rounding_is_chosen(after: str) -> None:
+    data = [(torch.randn(2, 3, 8, 8),) for _ in range(8)]
+    passes = f"prune-weights{{ratio=0.9}},insert-fake-quant,{after}"
+    compiled = fxopt.compile(small(), example_inputs=(X,), passes=passes, calibration=data, backend="onnx")
+    assert min(float((value == 0).double().mean()) for value in integers(compiled)) > 0.898
+
+
 # Trained.
 
 
@@ -262,7 +271,7 @@ def test_in_rounds() -> None:
     assert all(float(mask.double().mean()) < 0.11 for mask in held(third).values())
 
 
-@pytest.mark.parametrize("learned", ["true", "false"])
+@pytest.mark.parametrize("learned", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_masks_and_rounding_together(learned: str) -> None:
     passes = f"prune-weights{{ratio=0.8}},insert-fake-quant{{qat=true,learnable_step={learned}}}"
     prepared = fxopt.prepare(small(), (X,), passes=passes, calibration=[(X,)], backend="onnx")
@@ -278,6 +287,7 @@ def test_masks_and_rounding_together(learned: str) -> None:
     assert F.cosine_similarity(compiled(X).flatten(), prepared(X).flatten(), 0) > 0.999
 
 
+@pytest.mark.slow
 def test_weights_of_another_layout_train_too() -> None:
     model, inputs = models.load("gpt2", small=True)
     prepared = fxopt.prepare(model, inputs, passes="prune-weights")
