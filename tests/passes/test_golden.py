@@ -200,7 +200,7 @@ CALIBRATED = ("smooth-quant", "insert-fake-quant", "bias-correction", "ada-round
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_golden(name: str, case: Callable[[], Case]) -> None:
     model, inputs = case()
-    data = [inputs, inputs] if name in CALIBRATED else None
+    data = [inputs] * 4 if name in CALIBRATED else None
     spec, before = name + OPTIONS.get(name, ""), BEFORE.get(name, "canonicalize")
     text = testing.check_pass(spec, model, inputs, before=before, calibration=data).text
     file = GOLDEN / name / f"{case.__name__}.fxir"
