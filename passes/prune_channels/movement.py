@@ -58,14 +58,14 @@ def laid_out(x: Axes, shape: list[Fixed]) -> Axes | None:
         result.append(Product(tuple(taken)))
     if pending:
         return None
-    return _for_any_inputs(x, result, shape) if any(map(is_dynamic, [*x, *shape])) else result
+    return _for_any_inputs(result, shape) if any(map(is_dynamic, [*x, *shape])) else result
 
 
-def _for_any_inputs(x: Axes, result: Axes, shape: list[Fixed]) -> Axes | None:
-    """*result*, which fits *x* and *shape* for the example inputs, if it does so for all; else None."""
-    result = [_measured(dim, wanted) for dim, wanted in zip(result, shape, strict=True)]
+def _for_any_inputs(found: Axes, shape: list[Fixed]) -> Axes | None:
+    """*found*, cut from the axes in their order so that it fits *shape* for the example inputs, if it does for all."""
+    result = [_measured(dim, wanted) for dim, wanted in zip(found, shape, strict=True)]
     sizes = [(exact(dim), exact(wanted)) for dim, wanted in zip(result, shape, strict=True)]
-    sizes += zip(_runs(x), _runs(result), strict=True)
+    sizes += zip(_runs(found), _runs(result), strict=True)
     return result if all(sympy.cancel(a - b) == 0 for a, b in sizes) else None
 
 

@@ -212,6 +212,10 @@ _BY_PACKET: dict[str, Callable[..., Any]] = {
     "_prelu_kernel": pointwise,
     "expand_as": pointwise,
     "copy": pointwise,
+    "where": pointwise,
+    "masked_fill": pointwise,
+    "rsub": pointwise,
+    "true_divide": pointwise,
 }
 _BY_KIND: dict[str, Callable[..., Any]] = {
     "conv": conv,

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import sympy
 
-from fxopt.passes.prune_channels.dims import Atom, Dim, Fixed, Product, Sum, atoms, freeze, is_dynamic, resolve
+from fxopt.passes.prune_channels.dims import Atom, Dim, Fixed, Product, Sum, atoms, exact, freeze, is_dynamic, resolve
 
 _Split: TypeAlias = Callable[[Dim, int], Sequence[Dim] | None]
 
@@ -78,8 +78,8 @@ def split_product(dim: Dim, outer: int) -> tuple[Dim, Dim] | None:
     if outer == dim.size:
         return dim, Fixed(1)
     if isinstance(dim, Fixed):
-        first, second = _pieces(dim, [outer, dim.size // outer])
-        return first, second
+        first = _pieces(dim, [outer])[0]
+        return first, Fixed(dim.size // outer, dim.reason, exact(dim) / exact(first) if is_dynamic(dim) else None)
     if isinstance(dim, Atom):
         parts = (Atom(outer, dim.name), Atom(dim.size // outer, dim.name))
         _define(dim, Product(parts), "")

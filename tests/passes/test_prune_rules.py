@@ -77,6 +77,8 @@ PRUNED: dict[str, tuple[Model, tuple[Any, ...]]] = {
         line(lambda m, y: (y[..., None] * m.s)[m.i, :, m.i] + (y[:, None] * m.s[..., None])[m.i, m.i],
              s=torch.randn(3), i=torch.tensor([2, 0])), ROWS),
     "written into": (line(lambda m, y: _written(y, m.c(y[:2])), c=nn.Linear(8, 8)), ROWS),
+    "where and masked_fill": (
+        line(lambda m, y: torch.where(y > 0, y, 0.5).masked_fill(y > 1, m.v), v=torch.tensor(2.0)), ROWS),
     "broadcast_to": (line(lambda m, y: torch.broadcast_to(m.s, (4, 8)) * y, s=torch.randn(1, 8)), ROWS),
     "a half of an odd shuffle": (picture(lambda m, y: shuffled(y, 2), 18, 9), IMAGE),
     "a third of a shuffle": (picture(lambda m, y: shuffled(y, 3), 24, 8), IMAGE),
@@ -202,6 +204,21 @@ def test_windows_of_images_of_any_size() -> None:
 
     even = {"x": {0: Dim.DYNAMIC, 2: 2 * Dim("height"), 3: 2 * Dim("width")}}
     equals_masked(Windows(), (torch.randn(2, 3, 8, 6),), dynamic=even, others=[(torch.randn(3, 3, 4, 10),)])
+
+
+def test_channel_shuffle_of_images_of_any_size() -> None:
+    class Shuffle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(16, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = torch.cat([self.a(x), self.b(x)], 1)
+            n, c, h, w = y.shape
+            return self.c(y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+    any_size = {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+    equals_masked(Shuffle(), (torch.randn(2, 3, 8, 6),), dynamic=any_size, others=[(torch.randn(3, 3, 5, 10),)])
 
 
 def test_sizes_that_depend_on_values() -> None:
