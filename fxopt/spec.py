@@ -73,7 +73,8 @@ def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"{cls.name}: {error}") from error
+        text = str(error)  # some passes say whose option it is themselves
+        raise SpecError(text if text.startswith(f"{cls.name}: ") else f"{cls.name}: {text}") from error
 
 
 def _format_pass(p: Pass) -> str:

@@ -215,3 +215,9 @@ def test_a_near_miss_lists_what_there_is() -> None:
     assert near_miss("tonch", ["torch", "onnx"]) == " Did you mean 'torch'? Known: onnx, torch."
     assert near_miss("xyz", ["torch", "onnx"]) == " Known: onnx, torch."
     assert near_miss("x", []) == " Known: none."
+
+
+def test_an_error_names_its_pass_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        spec.parse("prune-channels{macs=2}", registry.find_pass)
+    assert str(caught.value).count("prune-channels") == 1
