@@ -41,7 +41,7 @@ def counted_macs(model: Callable[..., Any], *inputs: torch.Tensor) -> int:
     """Multiply-accumulates of convs, linears and attention by PyTorch's own counter."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def seconds(work: Callable[[], Any], runs: int = 3) -> float:
