@@ -98,8 +98,9 @@ class Random(nn.Module):
         def attend(values: list[torch.Tensor]) -> torch.Tensor:
             tokens = qkv(values[at].flatten(2).transpose(1, 2)).unflatten(-1, (3, heads, 16 // heads))
             q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
-            y: torch.Tensor = out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-            return y.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+            y = out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            result: torch.Tensor = y.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+            return result
 
         return attend
 
