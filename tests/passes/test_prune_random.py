@@ -57,7 +57,8 @@ class Random(nn.Module):
 
     def _grouped(self, at: int) -> Step:
         self.width = self.draw.choice([4, 8])
-        conv = self._own(nn.Conv2d(self.widths[at], self.width, 1, groups=self.draw.choice([2, 4])))
+        groups = self.draw.choice([g for g in (1, 2, 4) if self.widths[at] % g == 0])
+        conv = self._own(nn.Conv2d(self.widths[at], self.width, 1, groups=groups))
         return lambda values: conv(values[at])
 
     def _depthwise(self, at: int) -> Step:
@@ -83,6 +84,8 @@ class Random(nn.Module):
         return lambda values: mix(torch.cat([values[at], values[other]], 1))
 
     def _split(self, at: int) -> Step:
+        if self.widths[at] % 2:
+            return self._conv(at)
         self.width = half = self.widths[at] // 2
         return lambda values: F.silu(values[at][:, :half]) * values[at].split(half, 1)[1]
 
