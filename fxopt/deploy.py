@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt import masks, registry, spec, verify
+from fxopt import masks, registry, sparsity, spec, verify
 from fxopt.capture import Captured
 from fxopt.errors import PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE, FAKE_QUANTIZED, ActivationFakeQuantize, FakeQuantize
 from fxopt.passbase import Pass
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
+from fxopt.sparsity import Pattern
 
 
-def program(training: Program, tensor: Callable[[str], Any], modules: nn.ModuleDict) -> Program:
+def program(
+    training: Program, tensor: Callable[[str], Any], modules: nn.ModuleDict, patterns: Mapping[str, Pattern]
+) -> Program:
     """*training* for inference, with the values that *tensor* gives for its constants.
 
     Masked and rounded weights become constants, marks of activations get the numbers of their module.
 
     Raises:
-        PreconditionError: a range is not known.
+        PreconditionError: a range is not known, or a weight does not have the one of *patterns* with its name.
     """
     result = training.copy()
     for name in result.constants:
@@ -34,6 +37,7 @@ def program(training: Program, tensor: Callable[[str], Any], modules: nn.ModuleD
     rewriter = Rewriter(result)
     with torch.no_grad():
         masks.fold(rewriter)
+        sparsity.check(patterns, result.constants.__getitem__)
         for node in rewriter.nodes():
             if node.target is FAKE_QUANTIZE:
                 module = modules[str(node.args[1])]

@@ -20,6 +20,7 @@ from fxopt import ops
 from fxopt.errors import InputError, PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE
 from fxopt.rewriter import Rewriter
+from fxopt.sparsity import N_OF_M, Pattern
 
 UNITS = ("conv", "conv_transpose", "linear")
 
@@ -62,12 +63,14 @@ class Masked:
         blocks: what is pruned as one.
         together: rank the blocks of all weights together, not those of each.
         masks: where a model is to be trained, the name of the mask of each weight.
+        patterns: the N:M sparsity that weights have to have once they are trained, by name.
     """
 
     axes: Mapping[str, int]
     blocks: Blocks
     together: bool
     masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    patterns: Mapping[str, Pattern] = dataclasses.field(default_factory=dict)
 
     def kept(self, weights: Mapping[str, torch.Tensor], ratio: float) -> dict[str, torch.Tensor]:
         """For each of *weights* which elements stay when *ratio* of the blocks go; one block of each stays always."""
@@ -167,18 +170,29 @@ def fold(rewriter: Rewriter) -> None:
         weight, mask = (rewriter.tensor(one) for one in found)
         assert weight is not None
         assert mask is not None
-        name = str(found[0].target)
-        if len(found[0].users) == 1:
-            rewriter.program.constants[name] = weight * mask
-            rewriter.replace(node, found[0])
-        else:
-            rewriter.replace(node, rewriter.constant(f"{name}_masked", weight * mask))
+        _settle(rewriter, node, found[0], torch.where(mask.bool(), weight, 0))
+    for node in rewriter.nodes():
+        source = node.args[0] if node.target is N_OF_M else None
+        value = rewriter.tensor(source)
+        if value is not None:
+            assert isinstance(source, fx.Node)
+            _settle(rewriter, node, source, N_OF_M(value, *node.args[1:]))
+
+
+def _settle(rewriter: Rewriter, node: fx.Node, weight: fx.Node, value: torch.Tensor) -> None:
+    """Let the constant *value* take the place of *node*, which is computed from the constant *weight*."""
+    name = str(weight.target)
+    if len(weight.users) == 1:
+        rewriter.program.constants[name] = value
+        rewriter.replace(node, weight)
+    else:
+        rewriter.replace(node, rewriter.constant(f"{name}_masked", value))
 
 
 def is_weight(node: fx.Node) -> bool:
     """Whether an op that has weights reads *node* as its weight or bias, perhaps rounded or under a mask."""
     for user in node.users:
-        if user.target is FAKE_QUANTIZE or (_masks(user) and user.args[0] is node):
+        if user.target in (FAKE_QUANTIZE, N_OF_M) or (_masks(user) and user.args[0] is node):
             if is_weight(user):
                 return True
         elif ops.kind(user) in (*UNITS, "batch_norm", "norm", "embedding"):

@@ -99,11 +99,12 @@ class PreparedModel(nn.Module):
             dump: folder for one ``.fxir`` file per pass.
 
         Raises:
-            PreconditionError: ranges of activations are not known: no calibration data was given, and no batch trained.
+            PreconditionError: ranges of activations are not known: no calibration data was given, and no batch trained;
+                or a weight has lost its N:M sparsity.
             FxoptError: as :func:`fxopt.compile`.
         """
         frozen = self._frozen
-        own = deploy.program(frozen.program, self.tensor, self.fake_quant)
+        own = deploy.program(frozen.program, self.tensor, self.fake_quant, self.masked.patterns)
         module = deploy.as_module(own, frozen.name)
         args, kwargs = as_args(example_inputs), example_kwargs
         check_kwargs(kwargs)

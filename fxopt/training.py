@@ -7,6 +7,7 @@ Quantization-aware training is the default. ``passes=""``, or passes that prune 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,10 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     skips = [skip for record in records for skip in record.skips]
     earlier = captured.model.masked if isinstance(captured.model, PreparedModel) else masks.NOTHING
     masked = next((record.details["masks"] for record in records if "masks" in record.details), earlier)
+    patterns = dict(earlier.patterns)
+    for record in records:
+        patterns |= record.details.get("patterns", {})
+    masked = dataclasses.replace(masked, patterns=patterns)
     frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked)
     prepared = PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
     if isinstance(captured.model, PreparedModel):

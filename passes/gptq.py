@@ -28,8 +28,7 @@ from fxopt.passes.insert_fake_quant import layerwise, weight_grid
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
 from fxopt.passes.insert_fake_quant.weight_grid import WeightGrid
 from fxopt.rewriter import Rewriter
-
-_MORE_DAMPING, _ATTEMPTS = 10.0, 5
+from fxopt.second_order import inverse_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +88,11 @@ class Gptq(Pass):
 
     def _round(self, grid: WeightGrid, hessian: torch.Tensor) -> torch.Tensor | None:
         """The weight on its grid, or None where *hessian* cannot be inverted."""
-        seen = hessian.diagonal() > 0
         order = hessian.diagonal().argsort(descending=True, stable=True)
         order = order if self.act_order else torch.arange(len(order))
         weight = grid.weight.double()[:, order]
         scale = grid.scale.double().expand(grid.weight.shape)[:, order]
-        factor = self._factor(hessian[order][:, order], seen[order])
+        factor = inverse_factor(hessian[order][:, order], self.damping)
         if factor is None:
             return None
         result, pruned = torch.empty_like(weight), weight == 0  # which take no part, as in SparseGPT
@@ -111,21 +109,6 @@ class Gptq(Pass):
         integers = torch.empty_like(result)
         integers[:, order] = result
         return integers.float() * grid.scale
-
-    def _factor(self, hessian: torch.Tensor, seen: torch.Tensor) -> torch.Tensor | None:
-        """The upper Cholesky factor of the inverse of the damped *hessian*; inputs that were always zero stay alone."""
-        damping = self.damping * float(hessian.diagonal().mean())
-        missing = (~seen).double()
-        for _ in range(_ATTEMPTS):
-            damped = hessian + torch.diag(damping + missing)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                upper: torch.Tensor
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and bool(upper.isfinite().all()):
-                    return upper
-            damping *= _MORE_DAMPING
-        return None
 
 
 def _refusal(unit: fx.Node) -> str | None:

@@ -178,6 +178,7 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("gptq", mlp),
     ("prune-channels", residual),
     ("prune-weights", mlp),
+    ("sparsify-2-4", mlp),
     ("prune-blocks", stages),
 ]
 

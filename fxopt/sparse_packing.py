@@ -1,0 +1,184 @@
+"""Weights with N:M sparsity in fewer bytes: the values that are not zero, and where in their group each one stands.
+
+    w[rows, inputs]   →   values[rows, inputs · n/m]  and  places, ⌈log₂ m⌉ bits each, eight bits to a byte
+
+2:4 takes 0.5625 of the bytes of fp16 and bf16, 0.625 of int8, 0.53 of fp32. What is packed comes back bit by bit, signs
+of zeros included: in groups with fewer than n others, zeros fill up; all zeros that are left out of a row have one sign
+(a negative batch norm scale makes them −0), which is kept for each row where any is negative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxopt.errors import ArtifactError
+from fxopt.sparsity import Pattern, like, matrix
+
+PATTERNS = (Pattern(1, 4), Pattern(2, 4), Pattern(2, 8), Pattern(4, 8), Pattern(1, 2), Pattern(8, 16), Pattern(4, 16))
+_PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+_FORMAT = "fxopt packed tensors 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A packed weight.
+
+    Attributes:
+        values: [rows, groups · n], what is kept of each group in order, dtype of the weight.
+        places: u8[bytes], where in its group each value stands.
+        negative: bool[rows] where zeros that are left out are −0; None where none is.
+        shape: of the weight; ``pattern``: which it has.
+    """
+
+    values: torch.Tensor
+    places: torch.Tensor
+    negative: torch.Tensor | None
+    shape: tuple[int, ...]
+    pattern: Pattern
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        signs = 0 if self.negative is None else self.negative.numel()
+        return self.values.nbytes + self.places.nbytes + signs
+
+    def unpack(self) -> torch.Tensor:
+        """The weight, contiguous.
+
+        Raises:
+            ArtifactError: the parts do not fit together.
+        """
+        pattern = self.pattern
+        groups = self.values.reshape(-1, pattern.n)
+        places = _from_bits(self.places, groups.numel(), _width(pattern)).reshape(groups.shape)
+        whole = groups.shape[0] * pattern.m == torch.Size(self.shape).numel()
+        if not whole or (places.numel() and int(places.max()) >= pattern.m):
+            raise ArtifactError(f"a packed weight is damaged: {list(self.shape)} from {list(self.values.shape)} values")
+        rest = torch.zeros(self.shape[0], dtype=groups.dtype)
+        if self.negative is not None:
+            rest = torch.where(self.negative, -rest, rest)
+        dense = rest[:, None].expand(-1, groups.shape[0] // self.shape[0]).reshape(-1, 1).repeat(1, pattern.m)
+        return like(dense.scatter_(1, places, groups), torch.empty(self.shape, device="meta"))
+
+
+def pack(weight: torch.Tensor, pattern: Pattern) -> Packed | None:
+    """*weight* packed, or None where it does not have the *pattern*, or not in a way that comes back bit by bit."""
+    if weight.dtype not in _PACKABLE or not pattern.holds(weight):
+        return None
+    dense = matrix(weight.detach().cpu()).contiguous()
+    groups = dense.reshape(-1, pattern.m)
+    other = groups != 0
+    order = other.sort(dim=1, descending=True, stable=True).indices[:, : pattern.n].sort(dim=1).values
+    values = groups.gather(1, order)
+    negative = None
+    if weight.is_floating_point():
+        left_out = torch.ones_like(other).scatter_(1, order, False).reshape(dense.shape)
+        signs = dense.signbit() & left_out
+        rows = signs.any(1)
+        if bool((signs != (left_out & rows[:, None])).any()):
+            return None
+        negative = rows if bool(rows.any()) else None
+    return Packed(
+        values.reshape(len(dense), -1), _to_bits(order, _width(pattern)), negative, tuple(weight.shape), pattern
+    )
+
+
+def smallest(weight: torch.Tensor) -> Packed | None:
+    """*weight* packed by the one of :data:`PATTERNS` that it has and that takes the fewest bytes; None for none."""
+    found = [packed for pattern in PATTERNS if (packed := pack(weight, pattern)) is not None]
+    best = min(found, key=lambda packed: packed.nbytes, default=None)
+    return best if best is not None and best.nbytes < weight.nbytes else None
+
+
+def saving(tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many bytes fewer :func:`save` takes for *tensors* than they have, shared ones counted once."""
+    saved = dict[int, int]()
+    for tensor in tensors.values():
+        if tensor.layout == torch.strided and tensor.dtype in _PACKABLE:
+            sizes = [_packed_bytes(tensor, pattern) for pattern in PATTERNS if pattern.holds(tensor)]
+            saved[tensor.data_ptr()] = max(0, tensor.nbytes - min(sizes, default=tensor.nbytes))
+    return sum(saved.values())
+
+
+def _packed_bytes(weight: torch.Tensor, pattern: Pattern) -> int:
+    count = weight.numel() // pattern.m * pattern.n
+    return count * weight.dtype.itemsize + -(-count * _width(pattern) // 8)
+
+
+def save(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Write dense *tensors*, such as ``compiled.graph.state_dict()``; those with N:M sparsity packed.
+
+    Raises:
+        ArtifactError: a tensor is not dense.
+    """
+    parts = dict[str, dict[str, Any]]()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ArtifactError(f"{name!r} is a {tensor.layout} tensor, and only dense ones can be packed")
+        packed = smallest(tensor)
+        if packed is None:
+            parts[name] = {"dense": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)}
+        else:
+            shape, pattern = list(packed.shape), [packed.pattern.n, packed.pattern.m]
+            parts[name] = {"values": packed.values.clone(), "places": packed.places, "shape": shape, "pattern": pattern}
+            parts[name] |= {} if packed.negative is None else {"negative": packed.negative}
+    partial = Path(path).with_name(f"{Path(path).name}.partial")
+    torch.save({"format": _FORMAT, "tensors": parts}, partial)
+    partial.replace(path)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors that :func:`save` wrote, bit by bit; no code of the file is run.
+
+    Raises:
+        ArtifactError: it is no such file, or damaged.
+    """
+    try:
+        found = torch.load(path, weights_only=True)
+        if found["format"] != _FORMAT:
+            raise ArtifactError(f"{path} is of another format: {found['format']!r:.80}")
+        return {name: _restored(part) for name, part in found["tensors"].items()}
+    except ArtifactError:
+        raise
+    except FileNotFoundError as error:
+        raise ArtifactError(f"there is no file {path}") from error
+    except Exception as error:
+        raise ArtifactError(f"{path} holds no packed tensors, or is damaged: {error}") from error
+
+
+def _restored(part: Mapping[str, Any]) -> torch.Tensor:
+    if "dense" in part:
+        dense: torch.Tensor = part["dense"]
+        return dense
+    shape, pattern = tuple(part["shape"]), Pattern(*part["pattern"])
+    return Packed(part["values"], part["places"], part.get("negative"), shape, pattern).unpack()
+
+
+def _width(pattern: Pattern) -> int:
+    """Bits of a place."""
+    return (pattern.m - 1).bit_length()
+
+
+def _to_bits(places: torch.Tensor, width: int) -> torch.Tensor:
+    """u8, *width* bits for each of *places*, the lowest first."""
+    bits = (places.flatten().numpy()[:, None] >> np.arange(width)) & 1
+    return torch.from_numpy(np.packbits(bits.astype(np.uint8).ravel(), bitorder="little"))
+
+
+def _from_bits(packed: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """The *count* places in *packed*: i64[count].
+
+    Raises:
+        ArtifactError: there are not as many.
+    """
+    if packed.dtype is not torch.uint8 or packed.numel() != -(-count * width // 8):
+        raise ArtifactError(f"a packed weight is damaged: {packed.numel()} bytes of places for {count} values")
+    bits = np.unpackbits(packed.numpy(), count=count * width, bitorder="little").reshape(count, width)
+    return torch.from_numpy((bits.astype(np.int64) << np.arange(width)).sum(1))

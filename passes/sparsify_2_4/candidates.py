@@ -1,0 +1,103 @@
+"""Which weights can have the pattern, and the reasons for all others."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from fxopt import masks, ops
+from fxopt.masks import UNITS
+from fxopt.rewriter import Rewriter
+from fxopt.sparsity import N_OF_M, Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A weight that is to have the pattern.
+
+    Attributes:
+        units: the convs or linears that have it.
+        read: what they read: the weight, or its product with a mask.
+        weight: the constant itself; ``mask``: likewise, where there is one.
+    """
+
+    units: tuple[fx.Node, ...]
+    read: fx.Node
+    weight: fx.Node
+    mask: fx.Node | None
+
+    def value(self, rewriter: Rewriter) -> torch.Tensor:
+        """The weight as it is read."""
+        weight, mask = rewriter.tensor(self.weight), rewriter.tensor(self.mask)
+        assert weight is not None
+        return weight.detach() if mask is None else torch.where(mask.bool(), weight.detach(), 0)
+
+    @property
+    def name(self) -> str:
+        """Of the constant."""
+        return str(self.weight.target)
+
+
+def find(rewriter: Rewriter, who: str, pattern: Pattern, keep: Sequence[str], *, one_reader: bool) -> list[Candidate]:
+    """The weights of convs and linears, each once; a reason is left at the readers of others.
+
+    Args:
+        rewriter: of the program.
+        who: the pass, for warnings.
+        pattern: to have.
+        keep: shell patterns of weights that stay as they are; there is a warning for one that fits none.
+        one_reader: leave weights alone that several layers read.
+    """
+    found, names = list[Candidate](), set[str]()
+    for read in dict.fromkeys(ops.arguments(node)["weight"] for node in rewriter.nodes() if ops.kind(node) in UNITS):
+        weight, mask = masks.parts(rewriter, read) or (read, None)
+        units = tuple(user for user in read.users if ops.kind(user) in UNITS)
+        if weight.op == "get_attr":
+            names.add(str(weight.target))
+        reason = _refusal(rewriter, units, read, weight, mask, pattern, keep)
+        if reason is None and one_reader and len(units) > 1:
+            reason = "its weight is read by several layers, whose inputs differ: method=magnitude can take it"
+        if reason is None:
+            found.append(Candidate(units, read, weight, mask))
+            continue
+        for unit in units:
+            rewriter.skip(unit, reason)
+    for text in keep:
+        if not fnmatch.filter(names, text):
+            warning = f"{who}: keep: {text!r} fits no weight, such as {min(names, default='')!r}"
+            rewriter.note(warning)
+            warnings.warn(warning, stacklevel=3)
+    return found
+
+
+def _refusal(
+    rewriter: Rewriter,
+    units: Sequence[fx.Node],
+    read: fx.Node,
+    weight: fx.Node,
+    mask: fx.Node | None,
+    pattern: Pattern,
+    keep: Sequence[str],
+) -> str | None:
+    if read.target is N_OF_M:
+        return "is held by a pattern already"
+    value = rewriter.tensor(weight)
+    if value is None or not value.is_floating_point() or not value.numel():
+        return "its weight is not a constant of floating-point numbers"
+    if any(fnmatch.fnmatchcase(str(weight.target), text) for text in keep):
+        return "stays whole, as asked"
+    shared = mask is not None and len(weight.users) + len(mask.users) > 2
+    if shared or not all(user in units and ops.arguments(user)["weight"] is read for user in read.users):
+        return "its weight is read by something else too"
+    if any(ops.kind(unit) == "conv_transpose" for unit in units):
+        return "a transposed convolution: no engine computes these from such weights"
+    if any(ops.arguments(unit).get("groups", 1) > 1 for unit in units) and value.shape[1] == 1:
+        return "a depthwise convolution: each output reads one channel"
+    if not pattern.fits(value):
+        return f"its {value.shape[-1 if value.dim() == 1 else 1]} inputs are no multiple of {pattern.m}"
+    return None
