@@ -176,6 +176,8 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("bias-correction", positive),
     ("ada-round", positive),
     ("gptq", mlp),
+    ("low-rank-linear", mlp),
+    ("low-rank-conv", residual),
     ("prune-channels", residual),
     ("prune-weights", mlp),
     ("sparsify-2-4", mlp),
@@ -186,6 +188,8 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
 OPTIONS = {
     "cast-precision": "{dtype=bf16}",
     "prune-blocks": "{criterion=l1}",
+    "low-rank-linear": "{rank=2,smallest=1}",
+    "low-rank-conv": "{rank=2,smallest=1}",
     "insert-fake-quant": "{scheme=torch}",
 }
 QUANTIZED = "canonicalize,fuse-conv-bn-relu,insert-fake-quant{scheme=torch,smooth=false}"
