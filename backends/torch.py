@@ -16,9 +16,18 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable
-from fxopt.backends import _torch_int8, _torch_int8_worth, _torch_layout, _torch_memory, _torch_onednn, _torch_peephole
+from fxopt.backends import (
+    _torch_int8,
+    _torch_int8_worth,
+    _torch_layout,
+    _torch_memory,
+    _torch_onednn,
+    _torch_peephole,
+    _torch_semi_structured,
+)
 from fxopt.backends._torch_codegen import Code, generate
 from fxopt.backends._torch_int8_kernels import PackedLinear
+from fxopt.backends._torch_semi_structured import Compressed
 from fxopt.backends._torch_snapshot import own
 from fxopt.errors import BackendUnavailable
 from fxopt.program import Program
@@ -33,10 +42,16 @@ class TorchExecutable(Executable):
     """
 
     def __init__(
-        self, code: Code, constants: dict[str, Any], packed: dict[str, Callable[[], torch.Tensor]], target: Target
+        self,
+        code: Code,
+        constants: dict[str, Any],
+        packed: dict[str, Callable[[], torch.Tensor]],
+        target: Target,
+        notes: tuple[str, ...] = (),
     ) -> None:
         """*packed*: for each constant that is kept in another form, what gets it back."""
         self.source = code.source
+        self.notes = notes
         self._code = code
         self._run = code.run
         self._constants = constants
@@ -94,7 +109,7 @@ class TorchExecutable(Executable):
                 sizes[id(value)] = int(torch.ops.mkldnn._nbytes(value))
             elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
                 sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-            elif isinstance(value, PackedLinear):
+            elif isinstance(value, (PackedLinear, Compressed)):
                 sizes[id(value)] = value.nbytes
         return sum(sizes.values())
 
@@ -127,15 +142,15 @@ class TorchBackend(Backend):
         # Tensors made under a caller's inference_mode would be unusable outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
             _drop_asserts(program)
-            packed: dict[str, Callable[[], torch.Tensor]] = {}
+            packed, notes = _torch_semi_structured.lower(program, target, _torch_semi_structured.compressor(target))
             if target.runs_here and target.arch == "x86_64" and torch.backends.mkldnn.is_available():
-                packed = {**_torch_int8.lower(program), **_torch_onednn.lower(program)}
+                packed = {**packed, **_torch_int8.lower(program), **_torch_onednn.lower(program)}
             _torch_peephole.rewrite(program)
             _torch_layout.settle(program)
             _torch_memory.reuse_memory(program)
             program.remove_dead()
             own(program.constants)
-            return TorchExecutable(generate(program), program.constants, packed, target)
+            return TorchExecutable(generate(program), program.constants, packed, target, tuple(notes))
 
 
 def _drop_asserts(program: Program) -> None:

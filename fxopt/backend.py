@@ -23,7 +23,12 @@ class Executable(abc.ABC):
 
     Calls are thread-safe. Inputs are checked against the signature by the caller. Under ``torch.no_grad`` or not,
     results carry no gradient.
+
+    Attributes:
+        notes: remarks for the report, such as which kernels compute what.
     """
+
+    notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt import cost, ops, registry, verify
+from fxopt import cost, ops, registry, sparse_packing, verify
 from fxopt.backend import Backend
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
@@ -137,6 +137,7 @@ class Lowering:
             owned = Program(program.copy().graph, program.constants, program.signature)
             small = _besides_weights(program)
             executable = backend.lower(owned, self.plan.target, self.captured.inputs)
+        report.notes = executable.notes
         names = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
         program.constants = {name: v for name, v in {**small, **program.constants}.items() if name in names}
         variant = Variant(program, executable, backend.name, report)
@@ -154,6 +155,7 @@ class Lowering:
             (before.numel(), after.numel()),
             (cost.macs(before), cost.macs(after)),
             (before.nbytes(), after.nbytes()),
+            after.nbytes() - sparse_packing.saving(after.tensors()),
             self.latency_ms,
             self.candidates,
             self.stages.seconds,

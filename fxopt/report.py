@@ -91,11 +91,13 @@ class Report:
         parameters: floating-point weight elements (captured, final).
         macs: multiply-accumulates of one run on the example inputs (captured, final).
         bytes: weight bytes (captured, final).
+        packed_bytes: weight bytes where those with N:M sparsity are stored packed, by ``fxopt.sparse_packing``.
         latency_ms: median latency on the example inputs, "eager" and "fxopt"; empty where nothing can run here.
         candidates: for ``backend="auto"``, what each backend measured in ms, or why it was not taken.
         seconds: time spent by stage ("capture", "passes", "lower", "measure").
         error: largest error of the compiled model against eager, relative to the range; None if not compared.
         engine_exact: False where the engine was told to compute in a lower precision than the graph.
+        notes: remarks of the backend.
     """
 
     model: str
@@ -105,11 +107,13 @@ class Report:
     parameters: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
     bytes: tuple[int, int] = (0, 0)
+    packed_bytes: int = 0
     latency_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     candidates: dict[str, float | str] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     error: float | None = None
     engine_exact: bool = True
+    notes: Sequence[str] = ()
 
     @property
     def exact(self) -> bool:
@@ -150,6 +154,9 @@ class Report:
         for title, pair in (("parameters", self.parameters), ("MACs", self.macs)):
             table.add_row(title, _si(pair[0]), _si(pair[1]), _ratio(*pair))
         table.add_row("weights", _bytes(self.bytes[0]), _bytes(self.bytes[1]), _ratio(*self.bytes))
+        if 0 < self.packed_bytes < self.bytes[1]:
+            packed = (self.bytes[0], self.packed_bytes)
+            table.add_row("weights, zeros packed", _bytes(packed[0]), _bytes(packed[1]), _ratio(*packed))
         if {"eager", "fxopt"} <= self.latency_ms.keys():
             a, b = self.latency_ms["eager"], self.latency_ms["fxopt"]
             table.add_row("latency", f"{a:.2f} ms", Text(f"{b:.2f} ms", "bold"), Text(_speed(a, b), "bold"))
@@ -182,6 +189,7 @@ class Report:
 
     def _remarks(self) -> Sequence[RenderableType]:
         parts: list[RenderableType] = [Text(f"{p.name}: {note}") for p in self.passes for note in p.notes]
+        parts += [Text(f"{self.backend}: {note}") for note in self.notes]
         if not self.skips:
             return parts
         parts.append(Text("Left alone", style="bold"))

@@ -23,6 +23,7 @@ from fxopt.sparsity import Pattern, like, matrix
 
 PATTERNS = (Pattern(1, 4), Pattern(2, 4), Pattern(2, 8), Pattern(4, 8), Pattern(1, 2), Pattern(8, 16), Pattern(4, 16))
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FORMAT = "fxopt packed tensors 1"
 
 
@@ -56,16 +57,18 @@ class Packed:
             ArtifactError: the parts do not fit together.
         """
         pattern = self.pattern
-        groups = self.values.reshape(-1, pattern.n)
+        groups = _bits(self.values).reshape(-1, pattern.n)
         places = _from_bits(self.places, groups.numel(), _width(pattern)).reshape(groups.shape)
         whole = groups.shape[0] * pattern.m == torch.Size(self.shape).numel()
         if not whole or (places.numel() and int(places.max()) >= pattern.m):
             raise ArtifactError(f"a packed weight is damaged: {list(self.shape)} from {list(self.values.shape)} values")
-        rest = torch.zeros(self.shape[0], dtype=groups.dtype)
+        rest = torch.zeros(self.shape[0], dtype=self.values.dtype)
         if self.negative is not None:
             rest = torch.where(self.negative, -rest, rest)
+        rest = _bits(rest)
         dense = rest[:, None].expand(-1, groups.shape[0] // self.shape[0]).reshape(-1, 1).repeat(1, pattern.m)
-        return like(dense.scatter_(1, places, groups), torch.empty(self.shape, device="meta"))
+        found = like(dense.scatter_(1, places, groups), torch.empty(self.shape, device="meta"))
+        return found.view(self.values.dtype)
 
 
 def pack(weight: torch.Tensor, pattern: Pattern) -> Packed | None:
@@ -76,7 +79,7 @@ def pack(weight: torch.Tensor, pattern: Pattern) -> Packed | None:
     groups = dense.reshape(-1, pattern.m)
     other = groups != 0
     order = other.sort(dim=1, descending=True, stable=True).indices[:, : pattern.n].sort(dim=1).values
-    values = groups.gather(1, order)
+    values = _bits(groups).gather(1, order).view(weight.dtype)
     negative = None
     if weight.is_floating_point():
         left_out = torch.ones_like(other).scatter_(1, order, False).reshape(dense.shape)
@@ -159,6 +162,11 @@ def _restored(part: Mapping[str, Any]) -> torch.Tensor:
         return dense
     shape, pattern = tuple(part["shape"]), Pattern(*part["pattern"])
     return Packed(part["values"], part["places"], part.get("negative"), shape, pattern).unpack()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """*tensor* as integers: what moves floats around may change the bits of a NaN."""
+    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
 
 
 def _width(pattern: Pattern) -> int:

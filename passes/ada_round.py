@@ -125,14 +125,14 @@ class AdaRound(Pass):
         variable = (-torch.log((_HIGH - _LOW) / (rest - _LOW) - 1)).requires_grad_(True)
         optimizer = torch.optim.Adam([variable], lr=self.learning_rate)
         generator = torch.Generator().manual_seed(self.seed)
-        nearest = grid.nearest()
+        nearest, stays = grid.nearest(), grid.weight != 0  # what pruning has set to zero stays zero
         usual = known.error(nearest, bias).item() or 1.0
         for i in range(self.iterations):
             if i % 100 == 0:
                 progress.say(f"{title}, step {i} of {self.iterations}")
             with torch.enable_grad():
                 up = (torch.sigmoid(variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-                soft = (below + up).clamp(grid.qmin, grid.qmax) * scale
+                soft = (below + up).clamp(grid.qmin, grid.qmax) * scale * stays
                 chosen = torch.randint(0, known.count, (min(self.batch, known.count),), generator=generator)
                 loss = known.error(soft, bias + known.shift(soft, nearest), chosen) / usual
                 done = (i / self.iterations - _WARM_UP) / (1 - _WARM_UP)
@@ -143,7 +143,7 @@ class AdaRound(Pass):
                 loss.backward()
             optimizer.step()
         up = (variable.detach() >= 0).float()
-        return (below + up).clamp(grid.qmin, grid.qmax) * scale
+        return (below + up).clamp(grid.qmin, grid.qmax) * scale * stays
 
 
 def _refusal(unit: fx.Node) -> str | None:

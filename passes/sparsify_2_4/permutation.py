@@ -24,7 +24,7 @@ from fxopt.sparsity import Pattern, matrix
 
 Order = Mapping[Atom, torch.Tensor]
 _ROWS = 512  # of all matrices of an atom that the search looks at
-_ROUNDS, _IDLE = 200, 8  # of the search, and without a gain before it ends
+_ROUNDS, _IDLE = 100, 8  # of the search, and without a gain before it ends
 _ELEMENTS = 2**24  # that one step of the search holds
 
 
@@ -96,7 +96,7 @@ def search(columns: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         shuffled = torch.randperm(len(order), generator=generator)
         half = len(order) // 2
         gained = False
-        step = max(1, _ELEMENTS // (2 * pattern.m**3 * stripes.shape[2]))
+        step = max(1, _ELEMENTS // (2 * pattern.m**2 * stripes.shape[2]))
         for first, second in zip(shuffled[:half].split(step), shuffled[half : 2 * half].split(step), strict=True):
             gained |= _exchange(stripes, order, first, second, pattern)
         idle = 0 if gained else idle + 1
@@ -109,38 +109,36 @@ def _exchange(
     stripes: torch.Tensor, order: torch.Tensor, first: torch.Tensor, second: torch.Tensor, pattern: Pattern
 ) -> bool:
     """Let each pair of stripes exchange the columns with which most is gained, in place; whether any gained."""
-    m, pairs = pattern.m, torch.arange(len(first))
     a, b = stripes[first], stripes[second]  # [pairs, m, rows]
-    gain = _with_each(a, b, pattern) + _with_each(b, a, pattern).transpose(1, 2)
-    gain = gain - (_strongest(a, pattern) + _strongest(b, pattern))[:, None, None]
+    gain = _gain(a, b, pattern) + _gain(b, a, pattern).transpose(1, 2)
     best, place = gain.flatten(1).max(1)
     better = best > 1e-6 * stripes.abs().mean()
-    pairs, place = pairs[better], place[better]
-    rows, columns = place // m, place % m
-    one, other = first[pairs], second[pairs]
+    one, other, place = first[better], second[better], place[better]
+    rows, columns = place // pattern.m, place % pattern.m
     for values in (stripes, order):
         values[one, rows], values[other, columns] = values[other, columns], values[one, rows]
     return bool(better.any())
 
 
-def _with_each(stripe: torch.Tensor, other: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Magnitude that stays of *stripe* when its column i becomes column j of *other*: [pairs, i, j]."""
-    m = pattern.m
-    trial = stripe[:, None, None].repeat(1, m, m, 1, 1)
-    index = torch.arange(m)
-    trial[:, index, :, index] = other[None].expand(m, -1, -1, -1)
-    return _strongest(trial, pattern)
+def _gain(stripe: torch.Tensor, other: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """How much more magnitude stays of *stripe* when its column i becomes column j of *other*: [pairs, i, j].
+
+    With t the n-th largest of the columns but i, a new x adds x − t where it is larger; the old one did likewise.
+    """
+    largest = _largest(stripe, pattern.n + 1)
+    among = stripe >= largest[-2][:, None]
+    last = torch.where(among, largest[-1][:, None], largest[-2][:, None])
+    added, had = (other[:, None] - last[:, :, None]).clamp_min_(0), (stripe - last).clamp_min_(0)
+    return added.sum(-1) - had.sum(-1)[:, :, None]
 
 
-def _strongest(stripes: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Σ over rows of the *n* largest of each: [..., m, rows] → [...]."""
-    if (pattern.n, pattern.m) == (2, 4):  # the case that matters, without sorting
-        a, b, c, d = stripes.unbind(-2)
-        high, low = torch.maximum(a, b), torch.minimum(a, b)
-        high2, low2 = torch.maximum(c, d), torch.minimum(c, d)
-        second = torch.maximum(torch.minimum(high, high2), torch.maximum(low, low2))
-        return (torch.maximum(high, high2) + second).sum(-1)
-    return stripes.topk(pattern.n, dim=-2).values.sum((-2, -1))
+def _largest(stripe: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The *count* largest of each row, the largest first: [pairs, m, rows] → [pairs, rows] each."""
+    found = [torch.full_like(stripe[:, 0], -1.0) for _ in range(count)]
+    for x in stripe.unbind(1):
+        for k in range(count):
+            found[k], x = torch.maximum(found[k], x), torch.minimum(found[k], x)
+    return found
 
 
 def _input_dims(groups: Groups) -> dict[str, Dim]:
