@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import fnmatch
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
-from fxopt.errors import PreconditionError, SpecError
+from fxopt.errors import InputError, PreconditionError, SpecError
 from fxopt.target import Target
 
 if TYPE_CHECKING:
     from fxopt.calibration import Calibration
     from fxopt.program import Program
     from fxopt.rewriter import Rewriter
+
+
+CLEANING = (
+    "canonicalize",
+    "common-subexpressions",
+    "fold-constants",
+)  # passes that lossy ones find their patterns after
+# Passes that merge or round weights, or move scales between them: what removes parts of a model stands before these.
+FINISHING = (
+    "fuse-conv-bn-relu",
+    "merge-linears",
+    "cross-layer-equalization",
+    "smooth-quant",
+    "insert-fake-quant",
+    "cast-precision",
+)
 
 
 def _declines_nothing(node: fx.Node) -> str | None:
@@ -64,7 +82,7 @@ class PassContext:
         """Flat inputs of each calibration batch, and the loss on it as a function of the flat outputs.
 
         Raises:
-            PreconditionError: there is no calibration data, or no loss.
+            PreconditionError: there is no calibration data, or no loss. InputError, of the function: the loss fails.
         """
         self.batches(who)
         if self.loss is None or self.calibration is None:
@@ -79,7 +97,14 @@ class PassContext:
         assert self.loss is not None
         assert self.calibration is not None
         signature = self.calibration.signature
-        return self.loss(signature.unflatten(list(outputs)[: len(signature.outputs)]), *rest)
+        given = signature.unflatten(list(outputs)[: len(signature.outputs)])
+        try:
+            return self.loss(given, *rest)
+        except Exception as error:
+            raise InputError(
+                f"loss failed with {type(error).__name__}: {error}. It is called with the outputs of the model and "
+                f"with what else a calibration batch holds, here {len(rest)} values"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +134,27 @@ class Pass(abc.ABC):
         for name in names:
             if getattr(self, name) < least:
                 raise SpecError(f"{self.name}: {name} must be at least {least}, not {getattr(self, name)}")
+
+    def require_share(self, *names: str) -> None:
+        """For ``__post_init__``.
+
+        Raises:
+            SpecError: one of the options *names* is no number from 0 to below 1.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+                raise SpecError(f"{self.name}: {name} must be at least 0 and below 1, not {value!r}")
+
+    def warn_of_unused(
+        self, rewriter: Rewriter, patterns: Sequence[str], names: Collection[str], what: str = "parameter"
+    ) -> None:
+        """Say of each of the shell *patterns* that it fits none of *names*, where it does not."""
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                text = f"{self.name}: {pattern!r} fits no {what}, such as {min(names, default='')!r}"
+                rewriter.note(text)
+                warnings.warn(text, stacklevel=2)
 
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of passes that run, unless the user lists them: right before this one, and after all listed ones."""

@@ -32,14 +32,14 @@ def resolve(passes: str | Pass | Sequence[str | Pass], find: Finder) -> list[Pas
     if isinstance(passes, str):
         return parse(passes, find)
     if isinstance(passes, Pass):
-        return [passes]
+        return [checked(passes)]
     if not isinstance(passes, Sequence):
         raise InputError(f"passes must be a spec string or a sequence of passes, not {type(passes).__name__}")
     result: list[Pass] = []
     for item in passes:
         if not isinstance(item, (str, Pass)):
             raise InputError(f"an item of passes must be a name, a spec or a Pass object, not {item!r}")
-        result.extend(parse(item, find) if isinstance(item, str) else [item])
+        result.extend(parse(item, find) if isinstance(item, str) else [checked(item)])
     return result
 
 
@@ -75,6 +75,16 @@ def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
     except (TypeError, ValueError) as error:
         text = str(error)  # some passes say whose option it is themselves
         raise SpecError(text if text.startswith(f"{cls.name}: ") else f"{cls.name}: {text}") from error
+
+
+def checked(one: Pass) -> Pass:
+    """*one*, which was made in Python, with its options checked as those of a spec string are.
+
+    Raises:
+        SpecError: a value does not fit.
+    """
+    options = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.init}
+    return build(type(one), options)
 
 
 def _format_pass(p: Pass) -> str:
@@ -197,6 +207,9 @@ def fit(value: Any, hint: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, (tuple, list)):
         inner = args[0] if args else Any
         return tuple(fit(v, inner, where) for v in value)
+    elif origin is Callable:
+        if callable(value):
+            return value
     elif hint is Any or (hint is type(None) and value is None) or _is_instance(value, hint):
         return value
     elif hint is float and type(value) is int:

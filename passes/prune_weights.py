@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-import warnings
 from typing import ClassVar, Literal
 
 import torch
@@ -25,7 +24,7 @@ from torch import fx
 from fxopt import masks, ops
 from fxopt.errors import SpecError
 from fxopt.masks import UNITS, Blocks, Masked
-from fxopt.passbase import Pass, PassContext
+from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.rewriter import Rewriter
 
 _BLOCK = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -66,29 +65,15 @@ class PruneWeights(Pass):
 
     name: ClassVar[str] = "prune-weights"
     exact: ClassVar[bool] = False
-    runs_after: ClassVar[tuple[str, ...]] = (
-        "canonicalize",
-        "common-subexpressions",
-        "fold-constants",
-        "prune-blocks",
-        "prune-channels",
-    )
-    runs_before: ClassVar[tuple[str, ...]] = (
-        "fuse-conv-bn-relu",
-        "merge-linears",
-        "cross-layer-equalization",
-        "smooth-quant",
-        "insert-fake-quant",
-        "cast-precision",
-    )
+    runs_after: ClassVar[tuple[str, ...]] = (*CLEANING, "prune-blocks", "prune-channels")
+    runs_before: ClassVar[tuple[str, ...]] = FINISHING
     ratio: float = 0.5
     block: str = "1x1"
     scope: Literal["layer", "global"] = "layer"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise SpecError(f"prune-weights: ratio must be at least 0 and below 1, not {self.ratio}")
+        self.require_share("ratio")
         if not _BLOCK.fullmatch(self.block):
             raise SpecError(f"prune-weights: block must be rows x columns, such as 4x1, not {self.block!r}")
 
@@ -132,11 +117,7 @@ class PruneWeights(Pass):
                 found[read] = one
             else:
                 rewriter.skip(unit, reason)
-        for pattern in self.keep:
-            if not fnmatch.filter(names, pattern):
-                text = f"prune-weights: keep: {pattern!r} fits no weight, such as {min(names, default='')!r}"
-                rewriter.note(text)
-                warnings.warn(text, stacklevel=2)
+        self.warn_of_unused(rewriter, self.keep, names, "weight")
         return list(found.values())
 
     def _refusal(self, rewriter: Rewriter, one: Candidate) -> str | None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from torch import fx
 from fxopt import ops
 from fxopt.errors import SpecError
 from fxopt.execute import evaluate
-from fxopt.passbase import Pass, PassContext
+from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.passes.prune_blocks.branches import LAYERS, Branch, find
 from fxopt.rewriter import Rewriter
 from fxopt.rounds import REMOVED
@@ -62,24 +63,15 @@ class PruneBlocks(Pass):
 
     name: ClassVar[str] = "prune-blocks"
     exact: ClassVar[bool] = False
-    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "common-subexpressions", "fold-constants")
-    runs_before: ClassVar[tuple[str, ...]] = (
-        "prune-channels",
-        "prune-weights",
-        "fuse-conv-bn-relu",
-        "merge-linears",
-        "cross-layer-equalization",
-        "smooth-quant",
-        "insert-fake-quant",
-        "cast-precision",
-    )
+    runs_after: ClassVar[tuple[str, ...]] = CLEANING
+    runs_before: ClassVar[tuple[str, ...]] = ("prune-channels", "prune-weights", *FINISHING)
     count: int = 1
     ratio: float | None = None
     criterion: Literal["similarity", "l1"] = "similarity"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.require_at_least(0, "count")
+        self.require_at_least(1, "count")
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise SpecError(f"prune-blocks: ratio must be from 0 to 1, not {self.ratio}")
 
@@ -98,7 +90,7 @@ class PruneBlocks(Pass):
         ranked = sorted(scores, key=lambda branch: scores[branch])
         gone = _chosen(rewriter, ranked, wanted)
         for branch in gone:
-            _remove(rewriter, branch, gone)
+            _remove(rewriter, branch)
         output.meta[REMOVED] = gone_before + len(gone)
         blocks = tuple(Block(branch.name, scores[branch], branch in gone) for branch in ranked)
         rewriter.details["blocks"] = blocks
@@ -108,11 +100,7 @@ class PruneBlocks(Pass):
     def _candidates(self, rewriter: Rewriter) -> list[Branch]:
         found = list(find(rewriter))
         names = {name for branch in found for name in branch.parameters}
-        for pattern in self.keep:
-            if not fnmatch.filter(names, pattern):
-                text = f"prune-blocks: keep: {pattern!r} fits no parameter, such as {min(names, default='')!r}"
-                rewriter.note(text)
-                warnings.warn(text, stacklevel=2)
+        self.warn_of_unused(rewriter, self.keep, names)
         kept = [b for b in found if any(fnmatch.filter(b.parameters, pattern) for pattern in self.keep)]
         for branch in kept:
             rewriter.skip(branch.total, f"{branch.name} stays, as asked")
@@ -136,24 +124,26 @@ def _magnitude(rewriter: Rewriter, branch: Branch) -> float:
 
 
 def _influence(rewriter: Rewriter, batches: Iterator[list[Any]], found: list[Branch]) -> dict[Branch, float]:
-    """1 − cos(x, y) of each branch, the mean over all positions of all batches."""
+    """1 − cos(x, y) of each branch, the mean over all positions of all batches; x is the sum without it."""
     sums, counts = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
-    ends = {branch.result: branch for branch in found}
-    needed_last = {branch.x: branch.result for branch in found}
+    ends = dict[fx.Node, list[Branch]]()
+    for branch in found:
+        ends.setdefault(branch.result, []).append(branch)
+    last_read = {x: branch.result for branch in found for x in branch.others if isinstance(x, fx.Node)}
     for batch in batches:
         seen: dict[fx.Node, torch.Tensor] = {}
 
         def look(node: fx.Node, value: Any, seen: dict[fx.Node, torch.Tensor] = seen) -> None:
-            if node in ends:
-                branch = ends[node]
-                x, y = (t.detach().float().movedim(branch.features, -1) for t in (seen[branch.x], value))
+            for branch in ends.get(node, ()):
+                rest = functools.reduce(operator.add, (seen.get(x, x) for x in branch.others))
+                x, y = (t.detach().float().movedim(branch.features, -1) for t in (rest, value))
                 away = 1 - F.cosine_similarity(x, y, dim=-1)
                 away[(x == y).all(-1)] = 0  # zeros on both sides too
                 sums[branch] += float(away.sum())
                 counts[branch] += away.numel()
-                if needed_last[branch.x] is node:
-                    del seen[branch.x]
-            if node in needed_last:
+            for x in [x for x in seen if last_read[x] is node]:
+                del seen[x]
+            if node in last_read:
                 seen[node] = value
 
         evaluate(rewriter.program, batch, observe=look)
@@ -163,13 +153,13 @@ def _influence(rewriter: Rewriter, batches: Iterator[list[Any]], found: list[Bra
 def _chosen(rewriter: Rewriter, ranked: list[Branch], wanted: int) -> list[Branch]:
     """The first *wanted* of *ranked* that are not inside of each other, and whose absence cuts no input off."""
     gone = list[Branch]()
-    needed = _reached(rewriter, {})
+    needed = _reached(rewriter, set())
     for branch in ranked:
         if len(gone) == wanted:
             break
         if any(branch.total in other.inside for other in gone):
             continue
-        lost = needed - _reached(rewriter, {one.total: one.x for one in [*gone, branch]})
+        lost = needed - _reached(rewriter, {one.end for one in [*gone, branch]})
         if lost:
             names = ", ".join(sorted(node.name for node in lost))
             rewriter.skip(branch.total, f"without {branch.name} the outputs would not depend on the input {names}")
@@ -178,22 +168,22 @@ def _chosen(rewriter: Rewriter, ranked: list[Branch], wanted: int) -> list[Branc
     return gone
 
 
-def _reached(rewriter: Rewriter, instead: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The inputs that the outputs depend on when the nodes of *instead* are what it gives for them."""
+def _reached(rewriter: Rewriter, without: set[fx.Node]) -> set[fx.Node]:
+    """The inputs that the outputs depend on when the addends *without* are gone."""
     pending, seen = [rewriter.program.output], set[fx.Node]()
     while pending:
         node = pending.pop()
         if node not in seen:
             seen.add(node)
-            pending.extend([instead[node]] if node in instead else node.all_input_nodes)
+            pending.extend(source for source in node.all_input_nodes if source not in without)
     return {node for node in seen if node.op == "placeholder"}
 
 
-def _remove(rewriter: Rewriter, branch: Branch, gone: list[Branch]) -> None:
-    instead, x = {one.total: one.x for one in gone}, branch.x
-    while x in instead:
-        x = instead[x]
+def _remove(rewriter: Rewriter, branch: Branch) -> None:
+    """Let what is added to the branch take the place of the sum."""
+    [total] = branch.end.users
+    [x] = [side for side in total.all_input_nodes if side is not branch.end]
     lent_out = ops.lent_out(rewriter.program.graph)
-    if branch.total in lent_out and (x in lent_out or x.op == "placeholder"):  # the caller may write to what it gets
-        x = rewriter.call(torch.ops.aten.clone.default, (x,), before=branch.total)
-    rewriter.replace(branch.total, x)
+    if total in lent_out and (x in lent_out or x.op == "placeholder"):  # the caller may write to what it gets
+        x = rewriter.call(torch.ops.aten.clone.default, (x,), before=total)
+    rewriter.replace(total, x)

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
 from fxopt import registry
 from fxopt.errors import PreconditionError, SpecError
-from fxopt.passbase import Pass, PassContext
+from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.passes.prune_channels import budget, compensation, criteria, evidence, surgery
 from fxopt.passes.prune_channels.coupling import groups_of
 from fxopt.passes.prune_channels.criteria import Channels
@@ -46,9 +46,9 @@ class PruneChannels(Pass):
         ratios: "pattern=ratio" for groups with a parameter whose name fits the shell pattern; the last that fits wins.
         macs: share of the multiply-accumulates to keep; *ratio* is then found. Likewise ``params``, for parameters.
         latency_ms: milliseconds on the engine compiled for, as measured on the example inputs; *ratio* is then found.
-        plan: path of a plan that ``PruningPlan.save`` wrote; it alone decides what goes.
+        plan: path of a plan that ``PruningPlan.save`` wrote, or from Python the plan; it alone decides what goes.
         criterion: how channels are ranked; see ``criteria``. Data-driven ones look at calibration data, "taylor" also
-            at the loss.
+            at the loss; "bn-scale" leaves groups without a batch norm whole.
         score: a function from :class:`Channels` to f64[size], in place of *criterion*; from Python only.
         aggregate: what is made of the scores that the parameters of a group give.
         normalize: what makes groups comparable, for ``scope=global``; "none" leaves the scores of parameters alone too.
@@ -65,21 +65,14 @@ class PruneChannels(Pass):
 
     name: ClassVar[str] = "prune-channels"
     exact: ClassVar[bool] = False
-    runs_after: ClassVar[tuple[str, ...]] = ("canonicalize", "common-subexpressions", "fold-constants")
-    runs_before: ClassVar[tuple[str, ...]] = (
-        "fuse-conv-bn-relu",
-        "merge-linears",
-        "cross-layer-equalization",
-        "smooth-quant",
-        "insert-fake-quant",
-        "cast-precision",
-    )
+    runs_after: ClassVar[tuple[str, ...]] = CLEANING
+    runs_before: ClassVar[tuple[str, ...]] = FINISHING
     ratio: float = 0.5
     ratios: tuple[str, ...] = ()
     macs: float | None = None
     params: float | None = None
     latency_ms: float | None = None
-    plan: str | None = None
+    plan: str | PruningPlan | None = None
     criterion: Literal["l1", "l2", "bn-scale", "fpgm", "random", "activation", "taylor"] = "l1"
     score: Callable[[Channels], object] | None = None
     aggregate: Literal["sum", "mean", "max"] = "sum"
@@ -92,21 +85,26 @@ class PruneChannels(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise SpecError(f"prune-channels: ratio must be at least 0 and below 1, not {self.ratio}")
+        self.require_share("ratio")
         for text in self.ratios:
             _ratio_of(text)
-        given = [name for name in ("macs", "params", "latency_ms", "plan") if getattr(self, name) is not None]
+        given = self._goals()
+        if given and self.ratio != PruneChannels.ratio:
+            given.append("ratio")
         if len(given) > 1:
             raise SpecError(f"prune-channels: give one of {' and '.join(given)}, not both")
         for name in ("macs", "params"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise SpecError(f"prune-channels: {name} is the share to keep, above 0 and at most 1, not {value}")
-        if self.latency_ms is not None and self.latency_ms <= 0:
+        if self.latency_ms is not None and not 0 < self.latency_ms < math.inf:
             raise SpecError(f"prune-channels: latency_ms must be above 0, not {self.latency_ms}")
         if self.multiple is not None:
             self.require_at_least(1, "multiple")
+
+    def _goals(self) -> list[str]:
+        """The options that say how much goes, in place of the ratio."""
+        return [name for name in ("macs", "params", "latency_ms", "plan") if getattr(self, name) is not None]
 
     @property
     def engine_specific(self) -> bool:  # type: ignore[override]
@@ -121,11 +119,14 @@ class PruneChannels(Pass):
             PreconditionError: a budget cannot be reached; the plan is of another model; data or a loss are missing.
         """
         groups = find_groups(rewriter.program)
-        self._say_what_is_off(rewriter, groups)
+        names = {name for group in groups.all for name in groups_of(group.members)}
+        self.warn_of_unused(rewriter, [*self.keep, *(text.rpartition("=")[0] for text in self.ratios)], names)
         dense = budget.macs(groups.coupling, {}), budget.parameters(groups.coupling, {})
         plan = self._plan(rewriter, ctx, groups, dense)
         indices = plan.resolve(groups)
         small = budget.macs(groups.coupling, indices), budget.parameters(groups.coupling, indices)
+        if not plan.groups and self.ratio and not self._goals() and not _is_cut(rewriter.program):
+            rewriter.note(self._why_nothing(groups))
         if plan.groups:
             shifts = compensation.find(self, ctx, groups.coupling, indices) if self.compensate else {}
             surgery.cut(rewriter, groups.coupling, indices)
@@ -138,14 +139,13 @@ class PruneChannels(Pass):
         )
 
     def _plan(self, rewriter: Rewriter, ctx: PassContext, groups: Groups, dense: tuple[int, int]) -> PruningPlan:
-        again = any(CUT in n.meta for n in rewriter.program.graph.find_nodes(op="get_attr"))
         budgets = {"macs": (budget.macs, dense[0]), "params": (budget.parameters, dense[1])}
         asked = next((name for name in budgets if getattr(self, name) is not None), None)
-        if again and (asked or self.latency_ms is not None or self.plan is not None):
+        if self._goals() and _is_cut(rewriter.program):
             return PruningPlan(())  # the budget is a share of the dense model, and has been reached
         if self.plan is not None:
-            return PruningPlan.load(self.plan)
-        plan = self._ranking(ctx, groups)
+            return self.plan if isinstance(self.plan, PruningPlan) else PruningPlan.load(self.plan)
+        plan = self._ranking(rewriter, ctx, groups)
         if asked is not None:
             count, whole = budgets[asked]
 
@@ -161,16 +161,22 @@ class PruneChannels(Pass):
             return plan(budget.bisect(self.latency_ms, latency, "latency_ms", _MEASUREMENTS)[1])
         return plan(self.ratio)
 
-    def _ranking(self, ctx: PassContext, groups: Groups) -> Callable[[float], PruningPlan]:
+    def _ranking(self, rewriter: Rewriter, ctx: PassContext, groups: Groups) -> Callable[[float], PruningPlan]:
         """The plan as a function of the ratio."""
         chosen = self._candidates(groups)
+        if self.criterion == "bn-scale" and self.score is None:
+            scaled = criteria.read_by_batch_norms(groups.coupling.program, "weight")
+            without = [group for group in chosen if scaled.isdisjoint(groups_of(group.members))]
+            chosen = [group for group in chosen if group not in without]
+            if without:
+                rewriter.note(f"{len(without)} groups stay whole: criterion=bn-scale, and no batch norm reads them")
         measure = evidence.MEASURES.get(self.criterion) if self.score is None else None
         found = measure(self, ctx, groups.coupling, chosen) if measure is not None else {}
         scored = {}
         for group in chosen:
             channels = criteria.channels_of(group, groups.coupling.program, found.get(group.name, {}))
             if self.score is not None:
-                value = criteria.checked(self.score(channels), channels)
+                value = criteria.checked(self.score(channels.copied()), channels)
             else:
                 raw = self.normalize == "none"
                 value = criteria.scores(channels, self.criterion, self.aggregate, seed=self.seed, raw=raw)
@@ -180,6 +186,11 @@ class PruneChannels(Pass):
         ratios = {g.name: ratio for g in chosen if (ratio := self._own_ratio(g)) is not None}
         together = self.scope == "global"
         return lambda ratio: choose(chosen, scored, ratio, multiples, together=together, ratios=ratios)
+
+    def _why_nothing(self, groups: Groups) -> str:
+        if not self._candidates(groups):
+            return "no group can lose channels; the table in details['groups'] of this record says why"
+        return f"no group loses channels: ratio is too small for their sizes, or multiple={self.multiple} too large"
 
     def _own_ratio(self, group: Group) -> float | None:
         fitting_ones = [text for text in self.ratios if _fits(group, text.rpartition("=")[0])]
@@ -219,18 +230,14 @@ class PruneChannels(Pass):
                 found.append(group)
         return found
 
-    def _say_what_is_off(self, rewriter: Rewriter, groups: Groups) -> None:
-        """Warn of patterns that fit no parameter of any group."""
-        names = {name for group in groups.all for name in groups_of(group.members)}
-        for pattern in (*self.keep, *(text.rpartition("=")[0] for text in self.ratios)):
-            if not fnmatch.filter(names, pattern):
-                text = f"prune-channels: {pattern!r} fits no parameter, such as {min(names, default='')!r}"
-                rewriter.note(text)
-                warnings.warn(text, stacklevel=2)
-
 
 def _fits(group: Group, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in groups_of(group.members))
+
+
+def _is_cut(program: Program) -> bool:
+    """Whether channels have gone already, in this round."""
+    return any(CUT in node.meta for node in program.graph.find_nodes(op="get_attr"))
 
 
 def _ratio_of(text: str) -> float:

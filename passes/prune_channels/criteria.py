@@ -2,7 +2,7 @@
 
 From the weights alone:
     l1, l2      the magnitudes of all elements that the channel has in any parameter (Li et al., ICLR 2017)
-    bn-scale    |γ| of its batch norms (Liu et al., Network Slimming, ICCV 2017)
+    bn-scale    |γ| of its batch norms (Liu et al., Network Slimming, ICCV 2017); without one a group stays whole
     fpgm        the distance of its filter to all others (He et al., CVPR 2019): what is nearest to the rest goes
     random      a permutation, the same for the same seed
 From calibration data (``evidence``):
@@ -51,6 +51,10 @@ class Channels:
     evidence: Matrices = dataclasses.field(default_factory=dict)
     scales: frozenset[str] = frozenset()
 
+    def copied(self) -> Channels:
+        """The same in memory of its own: *weights* are otherwise views of the model's."""
+        return dataclasses.replace(self, weights={key: value.clone() for key, value in self.weights.items()})
+
 
 Score = Callable[[Channels], torch.Tensor]
 
@@ -92,8 +96,8 @@ def scores(group: Channels, criterion: str, aggregate: str, *, seed: int = 0, ra
     if criterion in DATA_DRIVEN:
         parts = list(group.evidence.values())
     else:
-        only = group.scales if criterion == "bn-scale" else frozenset()
-        parts = [_MEASURES[criterion](v).double() for key, v in group.weights.items() if not only or key in only]
+        only = group.scales if criterion == "bn-scale" else group.weights.keys()
+        parts = [_MEASURES[criterion](v).double() for key, v in group.weights.items() if key in only]
     if not raw:
         parts = [part / part.mean() if part.mean() > 0 else part for part in parts]
     return _AGGREGATE[aggregate](torch.stack(parts or [torch.zeros(group.size).double()]))
@@ -108,8 +112,7 @@ def checked(given: object, group: Channels) -> torch.Tensor:
     if not isinstance(given, torch.Tensor) or given.shape != (group.size,) or not bool(given.isfinite().all()):
         what = f"shape {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
         raise PreconditionError(
-            f"prune-channels: score must give one finite number for each of the {group.size} channels of {group.name}, "
-            f"not {what}"
+            f"score must give one finite number for each of the {group.size} channels of {group.name}, not {what}"
         )
     return given.detach().double().cpu()
 

@@ -30,6 +30,7 @@ def activations(one: Pass, ctx: PassContext, coupling: Coupling, groups: Sequenc
 
     Raises:
         PreconditionError: there is no calibration data.
+        InputError: a value is NaN or infinite.
     """
     program, wanted = coupling.program, {group.atom: group for group in groups}
     places = _places(coupling, wanted)
@@ -39,6 +40,8 @@ def activations(one: Pass, ctx: PassContext, coupling: Coupling, groups: Sequenc
         for axis, atom, index in places.get(node, ()):
             others = [d for d in range(value.dim()) if d != axis]
             strength = value.abs().double().mean(others) if others else value.abs().double()
+            if not bool(strength.isfinite().all()):
+                raise InputError(f"calibration: {node.name} is not finite, so that its channels cannot be ranked")
             known = index >= 0
             own = torch.zeros(atom.size, dtype=torch.float64).index_add_(0, index[known], strength[known])
             parts = found[wanted[atom].name]

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,12 +55,7 @@ class PruningPlan:
             PreconditionError: *text* is no such plan.
         """
         try:
-            return PruningPlan(
-                tuple(
-                    GroupPlan(g["name"], int(g["size"]), tuple(map(int, g["kept"])), tuple(g["parameters"]))
-                    for g in json.loads(text)
-                )
-            )
+            return PruningPlan(tuple(map(_group, _typed(json.loads(text), list, "the plan"))))
         except (ValueError, KeyError, TypeError) as error:
             raise PreconditionError(f"this is no pruning plan: {error}") from error
 
@@ -81,7 +77,7 @@ class PruningPlan:
         """
         try:
             return PruningPlan.from_json(Path(path).read_text())
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise PreconditionError(f"the pruning plan cannot be read: {error}") from error
 
     def __str__(self) -> str:
@@ -92,18 +88,38 @@ class PruningPlan:
         """Indices by atom, for the same model.
 
         Raises:
-            PreconditionError: the model has other groups.
+            PreconditionError: the model has other groups, or cannot do without what the plan removes.
         """
         known = {group.name: group for group in groups.all}
-        found = {}
+        found = dict[Atom, torch.Tensor]()
         for planned in self.groups:
             group = known.get(planned.name)
             if group is None or group.size != planned.size or tuple(groups_of(group.members)) != planned.parameters:
                 raise PreconditionError(f"the pruning plan is of another model: its group {planned.name} is not here")
-            if not planned.kept or max(planned.kept) >= planned.size:
-                raise PreconditionError(f"the pruning plan keeps nothing, or too much, of {planned.name}")
-            found[group.atom] = torch.tensor(sorted(set(planned.kept)))
+            if group.reason:
+                raise PreconditionError(f"the pruning plan cuts {planned.name}, which stays whole: {group.reason}")
+            if not planned.kept or not set(planned.kept) <= set(range(planned.size)):
+                raise PreconditionError(
+                    f"the pruning plan must keep some of the channels 0 to {planned.size - 1} of {planned.name}"
+                )
+            if group.atom in found or len(set(planned.kept)) < len(planned.kept):
+                raise PreconditionError(f"the pruning plan has {planned.name}, or a channel of it, twice")
+            found[group.atom] = torch.tensor(sorted(planned.kept))
         return found
+
+
+def _group(given: object) -> GroupPlan:
+    """One entry of a plan file."""
+    entry = _typed(given, dict, "an entry of the plan")
+    kept = tuple(_typed(index, int, "a channel") for index in _typed(entry["kept"], list, "kept"))
+    parameters = tuple(_typed(name, str, "a parameter") for name in _typed(entry["parameters"], list, "parameters"))
+    return GroupPlan(_typed(entry["name"], str, "name"), _typed(entry["size"], int, "size"), kept, parameters)
+
+
+def _typed(value: Any, wanted: type, what: str) -> Any:
+    if type(value) is not wanted:
+        raise TypeError(f"{what} is no {wanted.__name__}: {value!r:.60}")
+    return value
 
 
 def choose(

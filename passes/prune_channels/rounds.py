@@ -30,10 +30,13 @@ def group_lasso(model: PreparedModel) -> torch.Tensor:
 
     A loss term that draws whole channels to zero (Yuan and Lin 2006; over coupled parameters: Fang et al., CVPR 2023).
     To be added to the loss of the task with a small factor, such as 1e-4, before ``prune-channels``.
+
+    Raises:
+        InputError: *model* is not prepared.
     """
-    total = torch.zeros(())
+    total, groups = torch.zeros(()), _prunable(model)
     skipped = read_by_batch_norms(model.program, "running_mean", "running_var")
-    for group in _prunable(model):
+    for group in groups:
         members = [member for member in group.members if member.constant not in skipped]
         parts = [rows(model.tensor(member.constant), member, group.atom) for member in members]
         if parts:
@@ -43,9 +46,13 @@ def group_lasso(model: PreparedModel) -> torch.Tensor:
 
 
 def batch_norm_l1(model: PreparedModel) -> torch.Tensor:
-    """Σ |γ| over the batch norms whose channels can be removed (Liu et al., Network Slimming, ICCV 2017, eq. 1)."""
-    scales = read_by_batch_norms(model.program, "weight")
-    names = {m.constant for group in _prunable(model) for m in group.members if m.constant in scales}
+    """Σ |γ| over the batch norms whose channels can be removed (Liu et al., Network Slimming, ICCV 2017, eq. 1).
+
+    Raises:
+        InputError: *model* is not prepared.
+    """
+    members = [member for group in _prunable(model) for member in group.members]
+    names = {member.constant for member in members} & read_by_batch_norms(model.program, "weight")
     return sum((model.tensor(name).abs().sum() for name in sorted(names)), torch.zeros(()))
 
 
@@ -54,6 +61,8 @@ _SMALL = 1e-12  # under the root, whose gradient is infinite at zero
 
 def _prunable(model: PreparedModel) -> list[Group]:
     """Found once for each model: a graph does not change in training."""
+    if not isinstance(model, PreparedModel):
+        raise InputError(f"this loss term is for what fxopt.prepare gave, not for a {type(model).__name__}")
     if model not in _groups:
         _groups[model] = find_groups(model.program).prunable
     return _groups[model]

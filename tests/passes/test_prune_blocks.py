@@ -64,7 +64,7 @@ def calls(checked: Checked, op: str) -> int:
 
 
 @pytest.mark.parametrize("criterion", ["similarity", "l1"])
-@pytest.mark.parametrize(("count", "gone"), [(0, ()), (2, (0, 1)), (9, (0, 1, 2))])
+@pytest.mark.parametrize(("count", "gone"), [(1, (1,)), (2, (0, 1)), (9, (0, 1, 2))])
 def test_equals_the_model_without_the_branches(count: int, gone: tuple[int, ...], criterion: str) -> None:
     model = Net()
     checked = check(f"count={count},criterion={criterion}", model, X)
@@ -131,6 +131,50 @@ def test_all_that_is_between_belongs_to_the_branch() -> None:
     assert "scale" not in checked.program.constants
 
 
+class Parallel(nn.Module):
+    """Attention and MLP side by side, as in GPT-J; what is not in *parts* is left out."""
+
+    def __init__(self, parts: str, order: str = "first") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts, self.order = parts, order
+        self.stem, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        nn.init.normal_(self.b.weight)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.stem(x)
+        y = self.norm(x)
+        added = [part for part, name in ((self.a(y).relu(), "a"), (self.b(y).tanh(), "b")) if name in self.parts]
+        terms = [x, *added] if self.order == "first" else [*added, x]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return self.head(total.relu())
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("criterion", ["similarity", "l1"])
+@pytest.mark.parametrize(("count", "left"), [(1, "b"), (2, "")])
+def test_branches_side_by_side(order: str, criterion: str, count: int, left: str) -> None:
+    x = torch.randn(2, 5, 4)
+    checked = check(f"count={count},criterion={criterion}", Parallel("ab", order), x)
+    assert removed(checked) == ["a", "b"][:count]
+    assert torch.allclose(checked.program.to_module()(x)[0], Parallel(left, order)(x), atol=1e-5)
+
+
+def test_the_influence_of_a_branch_beside_another() -> None:
+    x = torch.randn(2, 5, 4)
+    model = Parallel("ab")
+    blocks: tuple[Block, ...] = check("count=1", model, x).record.details["blocks"]
+    with torch.no_grad():
+        z = model.stem(x)
+        a, b = model.a(model.norm(z)).relu(), model.b(model.norm(z)).tanh()
+        expected = [float((1 - F.cosine_similarity(z + rest, (z + a + b).relu(), -1)).mean()) for rest in (b, a)]
+    assert {block.name: block.score for block in blocks} == pytest.approx(dict(zip("ab", expected, strict=True)), 1e-4)
+
+
 # What stays.
 
 
@@ -144,6 +188,14 @@ STAYS: dict[str, tuple[Any, str]] = {
     "the shortcut has a layer": (lambda m, x: m.head(m.a(z := m.stem(x)) + m.b(z)), "neither side"),
     "broadcasting": (lambda m, x: m.head((z := m.stem(x)[:1]) + m.a(torch.cat([z, z]))), "another shape"),
     "a weighted sum": (lambda m, x: m.head(torch.add(m.a(z := m.stem(x)), z, alpha=0.5)), "a multiple"),
+    "one branch goes on in another": (
+        lambda m, x: m.head((z := m.stem(x)) + (y := m.a(z)) + m.b(y)),
+        "the branch reads linear_1 too",
+    ),
+    "branches that are read outside": (
+        lambda m, x: m.head((z := m.stem(x)) + (y := m.a(z)) + (w := m.b(z))) + y.sum() + w.sum(),
+        "reads what the branch computes inside",
+    ),
     "an input": (lambda m, x, mask: m.head((z := m.stem(x)) + m.a(z) * mask), "would not depend on the input args_1"),
 }
 
@@ -206,7 +258,7 @@ def test_data_is_needed() -> None:
 
 
 def test_options_that_make_no_sense() -> None:
-    for options in ("count=-1", "ratio=1.5", "criterion=none"):
+    for options in ("count=0", "count=-1", "ratio=1.5", "criterion=none"):
         with pytest.raises((SpecError, PassError)):
             fxopt.compile(Net(), example_inputs=(X,), passes=f"prune-blocks{{{options}}}")
     with pytest.raises(PreconditionError, match="prune-blocks"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def test_a_channel_that_never_fires_is_the_first_to_go() -> None:
         ("criterion=taylor", {"calibration": labelled()}, "pass loss="),
         ("criterion=taylor", {"calibration": labelled(), "loss": lambda y, t: y}, "one number"),
         ("criterion=taylor", {"calibration": labelled(), "loss": lambda y, t: y.mean() * float("nan")}, "is nan"),
+        ("criterion=taylor", {"calibration": [X], "loss": F.cross_entropy}, "loss failed with TypeError.* 0 values"),
+        ("criterion=activation", {"calibration": [(X[0] * float("inf"),)]}, "is not finite"),
         ("plan='nowhere.json'", {}, "cannot be read"),
         ("latency_ms=1e-9", {}, "latency_ms=1e-09 cannot be reached"),
     ],
@@ -102,11 +105,43 @@ def test_what_is_missing_is_said(options: str, more: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", ["macs=0.5,params=0.5", "latency_ms=0", "ratios=['a=2']", "ratios=['a']", "criterion=l3", "multiple=0"]
+    "options",
+    [
+        "macs=0.5,params=0.5",
+        "macs=0.5,ratio=0.2",
+        "latency_ms=0",
+        "latency_ms=nan",
+        "ratios=['a=2']",
+        "ratios=['a']",
+        "criterion=l3",
+        "multiple=0",
+    ],
 )
 def test_bad_options(options: str) -> None:
     with pytest.raises(SpecError):
         compiled(network(), options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"criterion": "l3"}, {"keep": "0.*"}, {"score": 3}, {"plan": 3}, {"ratio": "0.5"}, {"ratio": None}]
+)
+def test_bad_options_from_python(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="prune-channels"):
+        compiled(network(), PruneChannels(**wrong))
+
+
+def test_a_list_serves_as_a_tuple() -> None:
+    found = compiled(network(), PruneChannels(keep=["0.*"]))  # type: ignore[arg-type]
+    assert "no group can lose channels" in record(found).notes[0]
+
+
+def test_what_is_left_whole_is_said() -> None:
+    assert "multiple=99 too large" in record(compiled(network(), PruneChannels(multiple=99))).notes[0]
+    torch.manual_seed(0)
+    model = chain(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    found = compiled(model, "criterion=bn-scale", (torch.randn(3, 4),))
+    assert [group.name for group in record(found).details["pruning"].groups] == ["0.weight:0"]
+    assert "1 groups stay whole: criterion=bn-scale" in record(found).notes[0]
 
 
 def test_a_loss_that_is_no_function() -> None:
@@ -168,6 +203,55 @@ def test_a_latency_is_reached() -> None:
     assert 0.02 < found.report.macs[1] / found.report.macs[0] < 0.9
     with pytest.raises(PreconditionError, match="give macs or params"):
         fxopt.prepare(model, inputs, passes="prune-channels{latency_ms=1}")
+
+
+def test_a_function_cannot_change_the_model() -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    one = PruneChannels(score=lambda channels: sum(v.zero_().sum(1) for v in channels.weights.values()))
+    compiled(model, one)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_is_an_option_from_python() -> None:
+    first = compiled(network(), "ratio=0.5")
+    again = compiled(network(), PruneChannels(plan=record(first).details["pruning"]))
+    assert torch.equal(first(*X), again(*X))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"kept": [-1, 0]}, "channels 0 to 15 of 0.weight:0"),
+        ({"kept": [16]}, "channels 0 to 15 of 0.weight:0"),
+        ({"kept": []}, "must keep some"),
+        ({"kept": [1, 1]}, "twice"),
+        ({"kept": [0.5]}, "a channel is no int: 0.5"),
+        ({"kept": "01"}, "kept is no list"),
+        ({"size": 8}, "of another model"),
+        (
+            {"name": "3.weight:0", "size": 8, "parameters": ["3.weight", "3.bias"]},
+            "stays whole: an output of the model",
+        ),
+    ],
+)
+def test_a_damaged_plan(damage: dict[str, Any], message: str) -> None:
+    text = json.loads(record(compiled(network(), "ratio=0.5")).details["pruning"].to_json())
+    plan = json.dumps([text[0] | damage])
+    with pytest.raises(PreconditionError, match=message):
+        compiled(network(), PruneChannels(plan=PruningPlan.from_json(plan)))
+
+
+def test_what_is_no_plan(tmp_path: Path) -> None:
+    one = json.loads(record(compiled(network(), "ratio=0.5")).details["pruning"].to_json())[0]
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(PreconditionError, match="cannot be read"):
+        compiled(network(), f"plan='{tmp_path / 'plan.json'}'")
+    for text in ("{}", "null", '"abc"', "[3]"):
+        with pytest.raises(PreconditionError, match="no pruning plan"):
+            PruningPlan.from_json(text)
+    with pytest.raises(PreconditionError, match="twice"):
+        compiled(network(), PruneChannels(plan=PruningPlan.from_json(json.dumps([one, one]))))
 
 
 def test_a_plan_from_a_file_decides_alone(tmp_path: Path) -> None:
