@@ -36,11 +36,12 @@ def matmul(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     return result
 
 
-def einsum(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+def einsum(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     """Axes with one letter are one; sizes of 1 are broadcast. Dots stand for axes without a letter."""
     left, arrow, right = a["equation"].replace(" ", "").partition("->")
-    if not arrow:
-        return None
+    if not arrow:  # then those that occur once, in alphabetical order
+        letters = left.replace(",", "").replace("...", "")
+        right = ("..." if "..." in left else "") + "".join(sorted(one for one in letters if letters.count(one) == 1))
     found: dict[Any, list[Dim]] = {}
     ranks = [0]
     for names, operand in zip(left.split(","), a["tensors"], strict=True):
@@ -78,6 +79,18 @@ def attention(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     if a["scale"] is None:
         c.resize(node, scale=q[-1].size ** -0.5)  # stays that of the dense model
     return [*batch, q[-2], v[-1]]
+
+
+def grouped(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """x[rows, k] · w[expert, k, m], each row with the matrix of one expert, as in a mixture of experts."""
+    x, weight = [n for n in node.args if isinstance(n, fx.Node)][:2]
+    first, second = c.of(x), c.of(weight)
+    if len(first) != 2 or len(second) != 3 or a.get("bias") is not None:
+        return None
+    unify(first[-1], second[1], f"{node.name}: the axis that is summed")
+    for dim in (first[0], second[0]):
+        freeze(dim, f"{node.name}: rows are of one expert each")
+    return [first[0], second[2]]
 
 
 BY_PACKET: dict[str, Callable[..., Any]] = {"einsum": einsum}

@@ -29,6 +29,8 @@ def rule_of(node: fx.Node) -> Rule | None:
     kind = ops.kind(node)
     if kind == "bits":
         return bits
+    if ops.namespace(node) not in ("", "aten", "fxopt"):  # somebody's own op: its name says nothing
+        return _OTHERS.get(f"{ops.namespace(node)}::{ops.packet(node)}")
     for rules in (_BY_PACKET, products.BY_PACKET, movement.BY_PACKET, selection.BY_PACKET):
         if ops.packet(node) in rules:
             return rules[ops.packet(node)]
@@ -201,6 +203,7 @@ def reduce(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
     return [list(left) for _ in value] if isinstance(value, (tuple, list)) else left
 
 
+_OTHERS: dict[str, Callable[..., Any]] = {"transformers::grouped_mm_fallback": products.grouped}
 _BY_PACKET: dict[str, Callable[..., Any]] = {
     "group_norm": group_norm,
     "layer_norm": layer_norm,
@@ -215,7 +218,11 @@ _BY_PACKET: dict[str, Callable[..., Any]] = {
     "where": pointwise,
     "masked_fill": pointwise,
     "rsub": pointwise,
-    "true_divide": pointwise,
+    **dict.fromkeys(
+        "true_divide multiply divide subtract negative absolute floor_divide arctan arccos special_expit log_sigmoid "
+        "greater greater_equal less less_equal not_equal fill".split(),
+        pointwise,
+    ),
 }
 _BY_KIND: dict[str, Callable[..., Any]] = {
     "conv": conv,

@@ -78,6 +78,29 @@ def _slice(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int) -> A
     return [*x[:at], part, *x[at + 1 :]]
 
 
+def narrow(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """A slice by its start and length."""
+    x, at = c.of(node.args[0]), a["dim"] % len(c.of(node.args[0]))
+    if not isinstance(a["start"], int) or not isinstance(a["length"], int) or is_dynamic(x[at]):
+        return None
+    whole, length = x[at].size, a["length"]
+    start = a["start"] + (whole if a["start"] < 0 else 0)
+    parts = split_sum(x[at], [n for n in (start, length, whole - start - length) if n])
+    if parts is None or not length:
+        return None
+    part, before = parts[1 if start else 0], parts[0] if start else Fixed(0)
+    c.resize(node, start=before, length=part)
+    return [*x[:at], part, *x[at + 1 :]]
+
+
+def meshgrid(c: Coupling, node: fx.Node, a: dict[str, Any]) -> list[Axes]:
+    """Each vector along an axis of its own, repeated along those of the others."""
+    dims = [(c.of(vector) or [Fixed(1)])[0] for vector in a["tensors"]]
+    if a.get("indexing") == "xy":
+        dims[:2] = dims[1::-1]
+    return [list(dims) for _ in dims]
+
+
 def _every(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int, start: int) -> Axes:
     """x[start::step] has one of each *step* neighbours: those go together."""
     out, step = c.fixed(node.meta["val"])[at], a["step"]
@@ -107,7 +130,7 @@ def index(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 
 def pool(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Any:
     """Positions are pooled, channels are not."""
-    x, count = c.of(node.args[0]), int(ops.packet(node)[-2])
+    x, count = c.of(node.args[0]), next(int(letter) for letter in ops.packet(node) if letter.isdigit())
     freeze(Product(tuple(x[-count:])), f"{node.name} pools it")
     value = node.meta["val"]
     one = value[0] if isinstance(value, (tuple, list)) else value
@@ -190,7 +213,7 @@ def size(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 def create(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """A tensor of one value has any size."""
-    if ops.packet(node).endswith("_like"):
+    if ops.packet(node).endswith("_like") or ops.packet(node) == "zero":
         return c.of(node.args[0])
     shape = c.fixed(node.meta["val"])
     result: Axes = [Atom(d.size, node.name) if d.size > 1 and not is_dynamic(d) else d for d in shape]
@@ -202,6 +225,8 @@ def create(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 
 _EACH: dict[Callable[..., Any], str] = {
     take: "slice select index_select",
+    narrow: "narrow",
+    meshgrid: "meshgrid",
     gather: "gather",
     scatter: "slice_scatter select_scatter",
     index: "index",
@@ -209,13 +234,14 @@ _EACH: dict[Callable[..., Any], str] = {
     "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d",
     sample: "grid_sampler grid_sampler_2d grid_sampler_3d",
     along: "roll flip cumsum cumprod",
+    pool: "max_pool2d_with_indices max_pool3d_with_indices",
     pad: "pad constant_pad_nd",
     repeat: "repeat tile",
     repeat_interleave: "repeat_interleave",
     triangle: "tril triu",
     size: "sym_size",
     create: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-    "arange",
+    "arange zero",
 }
 BY_PACKET = {packet: rule for rule, packets in _EACH.items() for packet in packets.split()}
 BY_KIND: dict[str, Callable[..., Any]] = {"pool": pool}

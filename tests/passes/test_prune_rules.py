@@ -50,6 +50,9 @@ PRUNED: dict[str, tuple[Model, tuple[Any, ...]]] = {
               a=nn.Linear(6, 8), v=torch.randn(1, 1), w=torch.randn(3, 8)), ROWS),
     "einsum with dots": (
         Model(lambda m, x: torch.einsum("...i,oi->...o", m.a(x), m.w), a=nn.Linear(6, 8), w=torch.randn(3, 8)), ROWS),
+    "einsum without an arrow": (
+        Model(lambda m, x: torch.einsum("...c,cd", m.a(x), m.w) * torch.einsum("ij,ji", x, x.T),
+              a=nn.Linear(6, 8), w=torch.randn(8, 3)), ROWS),
     "a vector": (Model(lambda m, x: (m.a(x) @ m.v) @ x, a=nn.Linear(6, 4), v=torch.randn(4)),
                  ROWS),
     "squeeze of what may come to be one": (line(lambda m, y: y[:, :, None].squeeze(), 2, 2), ROWS),
@@ -77,6 +80,15 @@ PRUNED: dict[str, tuple[Model, tuple[Any, ...]]] = {
         line(lambda m, y: (y[..., None] * m.s)[m.i, :, m.i] + (y[:, None] * m.s[..., None])[m.i, m.i],
              s=torch.randn(3), i=torch.tensor([2, 0])), ROWS),
     "written into": (line(lambda m, y: _written(y, m.c(y[:2])), c=nn.Linear(8, 8)), ROWS),
+    "narrow": (line(lambda m, y: y.narrow(1, 2, 6) + y.narrow(1, -6, 6), 8, 6), ROWS),
+    "narrow from the start": (line(lambda m, y: y.narrow(1, 0, 6), 8, 6), ROWS),
+    "meshgrid": (
+        line(lambda m, y: y + sum(t.sum((0, 2)) for t in torch.meshgrid(m.p, m.s, m.p, indexing="ij"))
+             + torch.meshgrid(m.p, m.s, indexing="xy")[0].sum(1), s=torch.randn(8), p=torch.randn(4)), ROWS),
+    "filled": (line(lambda m, y: y.clone().fill_(2.0) + y.clone().zero_() + y), ROWS),
+    "other names": (
+        line(lambda m, y: torch.multiply(y, m.s).subtract(1).negative().absolute(), s=torch.randn(8)), ROWS),
+    "indices of a pool": (picture(lambda m, y: F.max_pool2d(y, 2, return_indices=True)[0]), IMAGE),
     "where and masked_fill": (
         line(lambda m, y: torch.where(y > 0, y, 0.5).masked_fill(y > 1, m.v), v=torch.tensor(2.0)), ROWS),
     "broadcast_to": (line(lambda m, y: torch.broadcast_to(m.s, (4, 8)) * y, s=torch.randn(1, 8)), ROWS),
@@ -105,7 +117,6 @@ def test_equals_the_dense_model_under_a_mask(name: str) -> None:
         line(lambda m, y: torch.slice_scatter(y, y[:, 4:], 1, 0, 4)),
         line(lambda m, y: y.unfold(1, 3, 1).sum(-1), 8, 6),
         line(lambda m, y: torch.linalg.vector_norm(y, -1.0, -1, keepdim=True) * y),
-        line(lambda m, y: torch.einsum("ij,ji", y, y.T) * y),
     ],
 )
 def test_what_is_not_understood_stays(model: Model) -> None:
@@ -114,6 +125,45 @@ def test_what_is_not_understood_stays(model: Model) -> None:
     assert first.name == "a.weight:0"
     assert first.reason
     equals_masked(model, ROWS, least=0)
+
+
+@torch.library.custom_op("fxopt_tests::prelu", mutates_args=())
+def not_prelu(self: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return self - self.mean(1, keepdim=True) * weight
+
+
+@not_prelu.register_fake
+def _(self: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(self)
+
+
+def test_an_op_of_somebody_else_is_not_known_by_its_name() -> None:
+    model = line(lambda m, y: not_prelu(y, m.s), s=torch.ones(1))
+    equals_masked(model, ROWS, least=0)
+    [first, *_] = find_groups(cleaned(model, ROWS)[0]).all
+    assert "prelu cannot be followed" in first.reason
+
+
+@torch.library.custom_op("transformers::grouped_mm_fallback", mutates_args=())
+def grouped(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    parts = input.tensor_split(offs[:-1].cpu())
+    return torch.cat([part @ matrix for part, matrix in zip(parts, weight, strict=True)])
+
+
+@grouped.register_fake
+def _(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    return input.new_empty(len(input), weight.shape[2])
+
+
+def test_experts() -> None:
+    """Of all experts the same channels of the width between go; rows and experts stay."""
+    model = Model(
+        lambda m, x: m.b(grouped(F.silu(grouped(m.a(x), m.up, m.ends)), m.down, m.ends)), a=nn.Linear(6, 8),
+        up=torch.randn(3, 8, 12), down=torch.randn(3, 12, 4), b=nn.Linear(4, 3), ends=torch.tensor([1, 3, 4]),
+    )  # fmt: skip
+    program = equals_masked(model, ROWS, least=3)
+    shapes = {name: tuple(value.shape) for name, value in program.tensors().items()}
+    assert (shapes["up"], shapes["down"]) == ((3, 4, 6), (3, 6, 2))
 
 
 @pytest.mark.parametrize(
