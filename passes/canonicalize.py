@@ -5,6 +5,7 @@
     permute(permute(x))                                                  →   permute(x), or x
     conv2d(x, w, padding="same")                                         →   conv2d(x, w, padding=[1, 1])
     x.new_zeros(2, 3), torch.ones_like(x)                                →   full([2, 3], 0), a constant
+    copy(x, y), which is what x[...] = y leaves                          →   y.to(dtype of x).expand_as(x)
     addmm(b, x, W), x @ W (+ b), W constant                              →   linear(x, Wᵀ, b)
 
 A copy stays where removing it would let an output alias an input or a weight, and where the strides that it makes
@@ -233,6 +234,24 @@ def _factory_without_input(node: fx.Node, rewriter: Rewriter) -> bool:
     return True
 
 
+def _assigned(node: fx.Node, rewriter: Rewriter) -> bool:
+    """copy(x, y) is y in the dtype and size of x; unlike the copy, that has a derivative."""
+    if node.target is not aten.copy.default or _layout_is_read(node):
+        return False
+    x, y = node.args[:2]
+    if not isinstance(x, fx.Node) or not isinstance(y, fx.Node) or x.meta["val"].device != y.meta["val"].device:
+        return False
+    result = y
+    if x.meta["val"].dtype != y.meta["val"].dtype:
+        result = rewriter.call(aten._to_copy.default, (y,), {"dtype": x.meta["val"].dtype}, before=node)
+    if not _same_type(node, result):
+        result = rewriter.call(aten.expand_as.default, (result, x), before=node)
+    if any(user.op == "output" or ops.is_view(user) for user in node.users):
+        result = rewriter.call(aten.clone.default, (result,), before=node)
+    rewriter.replace(node, result)
+    return True
+
+
 _RULES: tuple[Callable[[fx.Node, Rewriter], Any], ...] = (
     _merge_reshapes,
     _merge_permutes,
@@ -240,4 +259,5 @@ _RULES: tuple[Callable[[fx.Node, Rewriter], Any], ...] = (
     _matmul_to_linear,
     _bias_into_linear,
     _factory_without_input,
+    _assigned,
 )

@@ -297,3 +297,16 @@ def test_strides_of_an_output_stay() -> None:
 def test_assertions_of_the_exporter_go() -> None:
     checked = check(Model(lambda m, x: x.to(torch.float64) * 2), torch.randn(4))
     assert "_assert_tensor_metadata" not in checked.text
+
+
+def test_an_assignment_is_no_copy() -> None:
+    def write(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y[:, :2] = x[:, 2:4] + 1
+        y[:, 1] = x[:, 0, :1].double()
+        return y
+
+    checked = testing.check_pass("canonicalize", Model(write), (torch.randn(2, 4, 3),))
+    assert not any("copy.default" in op and "_copy" not in op for op in checked.ops())
+    given = testing.check_pass("canonicalize", Model(lambda m, x: torch.empty(2, 3).copy_(x)), (torch.randn(2, 3),))
+    assert any("clone" in op or "copy" in op for op in given.ops()), "the caller may write to what it gets"

@@ -123,6 +123,36 @@ def test_the_group_lasso_is_that_of_the_definition() -> None:
     assert float(batch_norm_l1(model).detach()) == pytest.approx(float(model.tensor("1.weight").abs().sum()))
 
 
+def test_terms_of_a_model_that_is_not_prepared() -> None:
+    for term in (group_lasso, batch_norm_l1):
+        with pytest.raises(InputError, match="not for a Sequential"):
+            term(small())  # type: ignore[arg-type]
+
+
+def test_a_write_into_a_part_is_trained() -> None:
+    """The copy that it leaves in a graph has no derivative."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 8, 1), nn.Conv2d(1, 4, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.a(x) * 1
+            y[:, :4] = self.b(x)
+            y[:, 5] = x[:, 0].double() * 2
+            y[:, 6:] = 0
+            return self.c(y)
+
+    torch.manual_seed(0)
+    model, x = Writes(), digits().example()[0]
+    prepared = prepare(model, "")
+    for one in (model, prepared):
+        one(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(prepared.get_parameter(name).grad, parameter.grad, atol=1e-5), name  # type: ignore[arg-type]
+
+
 def test_a_zero_channel_has_a_finite_gradient() -> None:
     model = prepare(small(), "")
     with torch.no_grad():
