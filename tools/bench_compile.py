@@ -72,7 +72,7 @@ def memory() -> tuple[str, object]:
     return "\n".join(lines) + "\n", results
 
 
-def _rss_mib(field: str) -> float:
+def rss_mib(field: str) -> float:
     """``VmRSS`` or ``VmHWM`` (the peak) of this process in MiB; Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -83,14 +83,14 @@ def _rss_mib(field: str) -> float:
 def _peak_of_compile(backend: str) -> dict[str, float]:
     """MiB of the weights, and of the peak above what the process held before the model was made, weights included."""
     _warm: Any = fxopt.compile(nn.Linear(4, 4).eval(), example_inputs=(torch.randn(1, 4),), backend=backend)
-    before = _rss_mib("VmRSS")
+    before = rss_mib("VmRSS")
     layers = [layer for _ in range(16) for layer in (nn.Linear(4096, 4096), nn.GELU())]
     model = nn.Sequential(*layers).eval()
     weights = sum(p.nbytes for p in model.parameters()) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     compiled = fxopt.compile(model, example_inputs=(torch.randn(1, 4096),), backend=backend)
     compiled(torch.randn(1, 4096))
-    return {"weights": weights, "peak": _rss_mib("VmHWM") - before}
+    return {"weights": weights, "peak": rss_mib("VmHWM") - before}
 
 
 if __name__ == "__main__":

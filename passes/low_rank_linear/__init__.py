@@ -32,7 +32,7 @@ from fxopt.rewriter import Rewriter
 
 __all__ = ["Directions", "LayerRank", "LowRankLinear", "decompose"]
 
-_MOMENTS = 2**28  # bytes of second moments at once
+_MOMENTS = 4  # one part of so many of the bytes of the model may go into second moments at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,8 @@ class LowRankLinear(Pass):
         result: dict[str, Directions] = {}
         whitened = self.method == "whitened"
         batches = linears.learned_from(ctx.batches(self), self.samples) if whitened else []
-        for group in linears.rounds(found, _MOMENTS) if whitened else [found]:
+        room = rewriter.program.nbytes() // _MOMENTS
+        for group in linears.rounds(found, room) if whitened else [found]:
             moments = linears.moments(rewriter.program, group, batches) if whitened else {}
             for layer in group:
                 progress.say(f"{self.name}: layer {len(result) + 1} of {len(found)}")

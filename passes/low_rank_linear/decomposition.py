@@ -97,10 +97,10 @@ def decompose(weight: torch.Tensor, most: int, moments: torch.Tensor | None = No
 
 def _square_root(moments: torch.Tensor, damping: float) -> torch.Tensor:
     """The lower Cholesky factor of the damped *moments*, with more damping where rounding has made them indefinite."""
-    wide = moments.double() if len(moments) <= 2 * _LARGE else moments.clone()
-    size = float(wide.diagonal().mean())
+    size = float(moments.diagonal().mean())
     while True:
-        damped = wide + damping * size * torch.eye(len(wide), dtype=wide.dtype)
+        damped = moments.clone()
+        damped.diagonal().add_(damping * size)
         lower: torch.Tensor
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,9 +133,7 @@ def _dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= _DOUBLE else torch.float32
 
 
-def moments(
-    program: Program, layers: Iterable[Layer], batches: Sequence[Sequence[Any]]
-) -> Mapping[fx.Node, torch.Tensor]:
+def moments(program: Program, layers: Iterable[Layer], batches: Sequence[Sequence[Any]]) -> dict[fx.Node, torch.Tensor]:
     """Σ x xᵀ over all rows of what the linears of *layers* read, by the node that they read: (inputs, inputs)."""
     totals: dict[fx.Node, torch.Tensor] = {}
     for layer in layers:
@@ -142,15 +141,24 @@ def moments(
         for user in layer.users:
             totals[user.all_input_nodes[0]] = torch.zeros(size, size, dtype=_dtype(size))
 
+    last = max(totals)
+
     def look(node: fx.Node, value: Any) -> None:
         if node in totals:
             total = totals[node]
             rows = value.detach().reshape(-1, len(total)).to(total.dtype)
             total.addmm_(rows.T, rows)
+        if node is last:
+            raise _SeenAll
 
     for batch in batches:
-        evaluate(program, batch, observe=look)
+        with contextlib.suppress(_SeenAll):
+            evaluate(program, batch, observe=look)
     return totals
+
+
+class _SeenAll(Exception):
+    """The rest of the graph has nothing to look at."""
 
 
 def learned_from(batches: Iterable[Sequence[Any]], samples: int) -> list[Sequence[Any]]:

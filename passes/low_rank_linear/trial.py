@@ -60,18 +60,17 @@ class Trials(Generic[Rank]):
             trial.remove_dead()
         return self.ctx.latency(trial)
 
-    def outputs(self, ranks: Mapping[str, Rank]) -> list[quality.OutputQuality]:
-        """The outputs with *ranks* against the dense model, on calibration data that is kept back.
+    def outputs(self, thin: Program) -> list[quality.OutputQuality]:
+        """The outputs of *thin* against the dense model, on calibration data that is kept back.
 
         Raises:
             PreconditionError: there is no calibration data.
         """
-        kept = calibrate.kept_back(self.ctx.batches(self.who))
-        return quality.outputs(self.program, self.factorised(ranks), kept)
+        return quality.outputs(self.program, thin, calibrate.kept_back(self.ctx.batches(self.who)))
 
     def cosine(self, ranks: Mapping[str, Rank]) -> float:
         """The smallest cosine similarity of an output."""
-        return min((one.cosine for one in self.outputs(ranks)), default=1.0)
+        return min((one.cosine for one in self.outputs(self.factorised(ranks))), default=1.0)
 
     def top1(self, ranks: Mapping[str, Rank]) -> float:
         """The smallest share of samples in an output whose largest class is the same.
@@ -79,7 +78,7 @@ class Trials(Generic[Rank]):
         Raises:
             PreconditionError: no output is a (samples, classes) matrix.
         """
-        shares = [one.top1 for one in self.outputs(ranks) if one.top1 is not None]
+        shares = [one.top1 for one in self.outputs(self.factorised(ranks)) if one.top1 is not None]
         if not shares:
             raise PreconditionError(f"{self.who.name}: top1 needs an output of shape (samples, classes): give cosine")
         return min(shares)
@@ -95,9 +94,9 @@ class Trials(Generic[Rank]):
         return {name: rank for name, rank in ranks.items() if name not in dense}
 
     def note(self, rewriter: Rewriter, ranks: Mapping[str, Rank], *, measure: bool) -> None:
-        """Remark how close the outputs are, where there is data, and what it brings in milliseconds."""
+        """Remark what *ranks*, carried out in *rewriter*, do to the outputs, where there is data, and to latency."""
         if self.ctx.calibration is not None:
-            for one in self.outputs(ranks):
+            for one in self.outputs(rewriter.program):
                 rewriter.note(f"{one}, on data kept back, before any fine-tuning")
         if not measure:
             rewriter.note("no latency was measured here (objective=latency does)")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,7 +20,7 @@ from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 from fxopt.target import resolve_target
 from fxopt.testing import Checked, check_pass
-from tests.digits import Vision, answers, digits, fit, top1, trained
+from tests.digits import BATCH, TRAINED, Vision, answers, digits, top1, trained
 from tests.passes.models import Model, chain
 from tools import models
 
@@ -483,8 +481,8 @@ def test_whitened_factors_keep_what_the_data_say(monkeypatch: pytest.MonkeyPatch
     spread = decaying(64, 64, 0.85).float()
     batches = [torch.randn(64, 64) @ spread for _ in range(6)]
     errors = []
-    for method, limit in (("svd", 2**28), ("whitened", 2**28), ("whitened", 1)):
-        monkeypatch.setattr("fxopt.passes.low_rank_linear._MOMENTS", limit)  # all at once, or a layer at a time
+    for method, parts in (("svd", 1), ("whitened", 1), ("whitened", 2**30)):
+        monkeypatch.setattr("fxopt.passes.low_rank_linear._MOMENTS", parts)  # all at once, or a layer at a time
         checked = check_pass(f"low-rank-linear{{ratio=0.4,method={method}}}", model, (batches[0],), calibration=batches)
         errors.append(1 - checked.difference.cosine)
     assert errors[1] < 0.5 * errors[0]
@@ -616,29 +614,33 @@ def test_nothing_depends_on_chance() -> None:
     assert torch.equal(*texts)
 
 
-@functools.cache
-def dense() -> nn.Module:
-    return trained(Vision)
+def tuned(model: nn.Module) -> nn.Module:
+    """*model*, trained for six epochs more with a learning rate that ends at zero."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+    steps = 6 * -(-TRAINED // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    model.train()
+    for _ in range(6):
+        for images, labels in digits().batches():
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
 
 
 @pytest.mark.slow
-def test_half_of_a_trained_transformer_is_enough() -> None:
-    data = digits()
-    model = dense()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        prepared = fxopt.prepare(
-            model,
-            data.example(),
-            passes="low-rank-linear{ratio=0.5,method=whitened,smallest=16}",
-            calibration=data.calibration(),
-        )
-    linears = [n for n, p in prepared.named_parameters() if "low_rank" in n]
-    assert len(linears) >= 12
-    fit(prepared, 6, 0.02)
-    assert top1(answers(prepared.eval())) >= top1(answers(model)) - 0.005
+@pytest.mark.parametrize("method", ["svd", "whitened"])
+def test_half_of_a_trained_transformer_is_enough(method: str) -> None:
+    data, model = digits(), trained(Vision)
+    passes = f"low-rank-linear{{ratio=0.5,method={method},smallest=16}}"
+    prepared = fxopt.prepare(model, data.example(), passes=passes, calibration=data.calibration())
+    assert len([name for name, _ in prepared.named_parameters() if "low_rank" in name]) >= 12
+    tuned(prepared)
     compiled = prepared.compile(backend="torch")
     assert top1(answers(compiled)) >= top1(answers(model)) - 0.005
+    assert top1(answers(compiled)) >= top1(answers(tuned(copy.deepcopy(model)))) - 0.01
 
 
 def test_the_pass_has_no_options_that_do_not_survive_their_spec() -> None:
