@@ -19,23 +19,24 @@ from fxopt import masks, ops
 from fxopt.passes.low_rank_linear.layers import Layer
 from fxopt.quantized import DEQUANTIZE_CHANNEL
 from fxopt.rewriter import Rewriter
+from fxopt.sparsity import Pattern
 
 Remainder = Literal["none", "int8", "2:4"]
 _INT8 = 127
-_OF, _STAY = 4, 2
+_TWO_OF_FOUR = Pattern(2, 4)
 aten = torch.ops.aten
 
 
 def stored(remainder: Remainder, weight: torch.Tensor) -> float:
     """Bytes of the remainder of *weight* over those of *weight*; of 2:4 as packed, two bits beside each value."""
     size = weight.element_size()
-    return {"none": 0.0, "int8": 1 / size, "2:4": (size + 0.25) * _STAY / _OF / size}[remainder]
+    return {"none": 0.0, "int8": 1 / size, "2:4": (size + 0.25) / 2 / size}[remainder]
 
 
 def refusal(remainder: Remainder, weight: torch.Tensor) -> str | None:
     """Why there is no such remainder of *weight*, or None."""
-    if remainder == "2:4" and weight.shape[1] % _OF:
-        return f"its {weight.shape[1]} inputs are no multiple of {_OF}, as 2:4 needs"
+    if remainder == "2:4" and not _TWO_OF_FOUR.fits(weight):
+        return f"its {weight.shape[1]} inputs are no multiple of {_TWO_OF_FOUR.m}, as 2:4 needs"
     return None
 
 
@@ -89,9 +90,8 @@ def _int8(rewriter: Rewriter, base: str, left: torch.Tensor, user: fx.Node) -> f
 
 def _two_of_four(rewriter: Rewriter, base: str, left: torch.Tensor, user: fx.Node) -> fx.Node:
     """The two largest of each four along the inputs."""
-    groups = left.unflatten(1, (-1, _OF))
-    stay = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.abs().topk(_STAY, 2).indices, True)
-    return rewriter.constant(f"{base}.low_rank_remainder", torch.where(stay, groups, 0).flatten(1))
+    stay = _TWO_OF_FOUR.kept(left.abs())
+    return rewriter.constant(f"{base}.low_rank_remainder", torch.where(stay, left, 0))
 
 
 _REMAINDERS: dict[str, Callable[[Rewriter, str, torch.Tensor, fx.Node], fx.Node]] = {
