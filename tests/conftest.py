@@ -1,4 +1,4 @@
-"""What every test starts from: the same seed, two threads, no dump folder left over from the shell."""
+"""What every test starts from: the same seed, two threads if nobody says otherwise, no dump folder left over from the shell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tools.models import declare_torchvision_operators
 
 declare_torchvision_operators()
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(autouse=True)

@@ -240,8 +240,8 @@ def with_outliers(model: nn.Module, seed: int, *inputs: torch.Tensor, channels: 
     Args:
         model: changed in place; layer norms and RMS norms over the last dim.
         seed: of the choice of channels and factors.
-        inputs: positional inputs of a forward that finds the readers; without any, only the norms change, all of them.
-            With inputs, norms that no linear reads stay as they are.
+        inputs: positional inputs of a forward that finds the readers, linears and convolutions; without any, only the
+            norms change, all of them. With inputs, norms that nothing of the kind reads stay as they are.
         channels: how many become large.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -257,13 +257,24 @@ def with_outliers(model: nn.Module, seed: int, *inputs: torch.Tensor, channels: 
         for parameter in norm.parameters(recurse=False):
             parameter.mul_(factor)
         for linear in linears:
-            columns = factor if isinstance(linear, nn.Linear) else factor[:, None]  # transformers' Conv1D is [in, out]
-            linear.weight.div_(columns)
+            linear.weight.div_(_over_inputs(linear, factor))
     return model
 
 
+def _is_conv(module: nn.Module) -> bool:
+    """Whether *module* is a plain or depthwise convolution of images."""
+    return isinstance(module, nn.Conv2d) and module.groups in (1, module.in_channels)
+
+
+def _over_inputs(reader: nn.Module, factor: torch.Tensor) -> torch.Tensor:
+    """*factor*, one for each input channel, in a shape that broadcasts to the weight of *reader*."""
+    if isinstance(reader, nn.Conv2d):
+        return factor[:, None, None] if reader.groups == 1 else factor[:, None, None, None]
+    return factor if isinstance(reader, nn.Linear) else factor[:, None]  # transformers' Conv1D is [in, out]
+
+
 def _readers(model: nn.Module, norms: list[Any], inputs: tuple[torch.Tensor, ...]) -> dict[Any, list[Any]]:
-    """The linears that read each norm; norms that none reads are left out."""
+    """The linears and convs that read each norm; norms that none reads are left out."""
     made: list[tuple[Any, torch.Tensor]] = []
     found: dict[Any, list[Any]] = {}
 
@@ -276,7 +287,7 @@ def _readers(model: nn.Module, norms: list[Any], inputs: tuple[torch.Tensor, ...
         made.append((norm, output))  # kept alive: no later tensor takes its address
 
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    linears = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    linears = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") or _is_conv(m)]
     hooks = [m.register_forward_pre_hook(enter) for m in linears if uses[id(m.weight)] == 1]  # not tied ones
     hooks += [norm.register_forward_hook(leave) for norm in norms]
     model(*inputs)
