@@ -1,4 +1,4 @@
-"""What every test starts from: the same seed, two threads if nobody says otherwise, no dump folder left over from the shell."""
+"""What every test starts from: the same seed, two threads or OMP_NUM_THREADS, no dump folder of the shell."""
 
 from __future__ import annotations
 
