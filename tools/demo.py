@@ -100,6 +100,27 @@ def pruned(model: nn.Module, images: Tensor, labels: Tensor) -> fxopt.PreparedMo
     return prepared
 
 
+def sparsified(model: nn.Module, images: Tensor, labels: Tensor) -> fxopt.PreparedModel:
+    """*model* with two of each four weights at zero, as SparseGPT chooses them, fine-tuned for four epochs."""
+    prepared = fxopt.prepare(
+        model,
+        (images[:64],),
+        dynamic_shapes=({0: "batch"},),
+        passes="sparsify-2-4{method=sparsegpt}",
+        calibration=[(batch,) for batch in images[:256].split(32)],
+    )
+    train(prepared, images, labels, epochs=4, rate=1e-3)
+    return prepared
+
+
+def thinned(model: nn.Module, images: Tensor, labels: Tensor) -> fxopt.PreparedModel:
+    """*model* with thin convs in place of wide ones, half of its parameters, fine-tuned for four epochs."""
+    passes = "low-rank-conv{ratio=0.5,multiple=4}"
+    prepared = fxopt.prepare(model, (images[:64],), dynamic_shapes=({0: "batch"},), passes=passes)
+    train(prepared, images, labels, epochs=4, rate=1e-3)
+    return prepared
+
+
 def accuracy(model: Model, images: Tensor, labels: Tensor) -> float:
     """Fraction of *images* that *model*, compiled for one image at a time, puts into the right class."""
     with torch.no_grad():
@@ -152,6 +173,11 @@ def main() -> None:
         small = pruned(model, train_images, train_labels)
     half = small.compile(example_inputs=example, backend="torch")
     half_int8 = small.compile(example_inputs=example, backend="torch", passes="insert-fake-quant", calibration=few)
+    with console.status("setting two of four weights to zero, and fine-tuning the others"):
+        sparse = sparsified(model, train_images, train_labels)
+    two_of_four = sparse.compile(example_inputs=example, backend="torch")
+    with console.status("factorising, and fine-tuning what is left"):
+        low_rank = thinned(model, train_images, train_labels).compile(example_inputs=example, backend="torch")
     console.print(exact.report)
 
     before, after = exact.report.bytes
@@ -163,6 +189,8 @@ def main() -> None:
         ("fxopt int8 (QAT)", int8_qat, int8_qat.report.bytes[1]),
         ("fxopt pruned", half, half.report.bytes[1]),
         ("fxopt pruned, int8", half_int8, half_int8.report.bytes[1]),
+        ("fxopt 2:4, packed", two_of_four, two_of_four.report.packed_bytes),
+        ("fxopt low rank", low_rank, low_rank.report.bytes[1]),
         ("ONNX", onnx, onnx.report.bytes[1]),
         ("ONNX int8 (PTQ)", onnx_int8, onnx_int8.report.bytes[1]),
     ]

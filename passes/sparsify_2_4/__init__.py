@@ -26,7 +26,7 @@ from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
 from fxopt.passes.prune_channels.groups import find_groups
-from fxopt.passes.sparsify_2_4 import candidates, criteria, permutation
+from fxopt.passes.sparsify_2_4 import candidates, criteria, means, permutation
 from fxopt.passes.sparsify_2_4.candidates import Candidate
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
@@ -43,7 +43,8 @@ class SparsifyNM(Pass):
 
     Attributes:
         n: how many of the neighbours stay; ``m``: how many neighbours there are.
-        method: what chooses; "wanda" and "sparsegpt" look at calibration data, the latter moves what stays.
+        method: what chooses; "wanda" and "sparsegpt" look at calibration data and keep the mean of each output channel,
+            "sparsegpt" also moves what stays.
         permute: put channels in a better order first.
         keep: shell patterns; weights whose name fits stay as they are.
         damping: for sparsegpt, added to the diagonal of H, as a fraction of its mean.
@@ -142,15 +143,24 @@ class SparsifyNM(Pass):
         if self.method == "magnitude" or not left:
             return {one.name: criteria.magnitude(one.value(rewriter), self.pattern) for one in left}
         names = {one.units[0]: one.name for one in left}
-        found = dict[str, torch.Tensor]()
+        found, means_of = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        walk = layerwise.Walk(rewriter.program, layerwise.batches(self, rewriter, ctx, self.samples), names)
 
         def visit(layer: Layer) -> Change:
             progress.say(f"{self.name}: layer {len(found) + 1} of {len(names)}")
-            weight = self._by_data(rewriter, layer)
-            found[names[layer.node]] = weight
-            return Change(weight)
+            weight = found[names[layer.node]] = self._by_data(rewriter, layer)
+            place = means.place(rewriter, layer.node)
+            if place is None:
+                return Change(weight)
+            constant, sign = place
+            new = means.moved(rewriter, constant, sign * layer.shift(weight))
+            means_of[str(constant.target)] = new
+            walk.noisy[constant] = [new] * len(walk.batches)
+            return Change(weight, new if sign > 0 else None)
 
-        layerwise.Walk(rewriter.program, layerwise.batches(self, rewriter, ctx, self.samples), names).run(visit)
+        walk.run(visit)
+        if means_of:
+            rewriter.resize(means_of, {})
         return found
 
     def _by_data(self, rewriter: Rewriter, layer: Layer) -> torch.Tensor:

@@ -4,7 +4,9 @@ magnitude    the largest |w|
 wanda        the largest |w| · ‖x‖, x what the weight is multiplied with (Sun et al., "A Simple and Effective Pruning
              Approach for Large Language Models", ICLR 2024, equation 1)
 sparsegpt    the largest w² / Uⱼⱼ², H⁻¹ = Uᵀ U, H = Σ x xᵀ; column by column, what goes is
-             made up for by the columns after it (Frantar and Alistarh, "SparseGPT", ICML 2023, algorithm 1 for n:m)
+             made up for by the columns after it (Frantar and Alistarh, "SparseGPT", ICML 2023, algorithm 1 for n:m).
+             It starts from W + W Σ (x₀ − x) xᵀ H⁻¹, so that it makes up for the layers before, which gave x in place
+             of x₀, as well (Li et al., "GPTAQ", ICML 2025, asymmetric calibration)
 """
 
 from __future__ import annotations
@@ -33,15 +35,17 @@ def wanda(layer: Layer, pattern: Pattern) -> torch.Tensor:
 def sparsegpt(layer: Layer, pattern: Pattern, damping: float, block: int) -> torch.Tensor | None:
     """The weight of *layer* with the pattern, moved to make up for what goes; None where H cannot be inverted."""
     weight = layer.rounded.detach()
-    hessians = moments.second_moments(layer)
+    hessians, crosses = moments.second_moments(layer), moments.cross_moments(layer)
     rows = matrix(weight).double().unflatten(0, (len(hessians), -1))
     solved = []
-    for own, hessian in zip(rows, hessians, strict=True):
+    for own, hessian, cross in zip(rows, hessians, crosses, strict=True):
         factor = inverse_factor(hessian, damping)
         if factor is None:
             return None
+        made_up_for = own @ (cross - hessian) @ (factor.T @ factor)
+        own = torch.where(own != 0, own + made_up_for, 0)
         importance = torch.where(hessian.diagonal() > 0, factor.diagonal().reciprocal(), 0)
-        solved.append(_solve(own.clone(), factor, importance, pattern, block))
+        solved.append(_solve(own, factor, importance, pattern, block))
     return like(torch.cat(solved), weight).to(weight.dtype)
 
 
@@ -69,10 +73,3 @@ def _solve(
             weight[:, j:end] -= error[:, None] * factor[j, j:end]
         weight[:, end:] -= errors @ factor[start:end, end:]
     return result
-
-
-def output_error(layer: Layer, weight: torch.Tensor) -> float:
-    """Σ ‖(W − W') x‖² over all rows that *layer* reads."""
-    hessians = moments.second_moments(layer)
-    off = matrix(layer.rounded.detach() - weight).double().unflatten(0, (len(hessians), -1))
-    return float(((off @ hessians) * off).sum())

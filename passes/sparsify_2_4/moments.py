@@ -23,12 +23,20 @@ _PIECE = 2**22  # elements of the rows that are made at once, where one image ha
 
 def second_moments(layer: Layer) -> torch.Tensor:
     """Σ x xᵀ over all rows that *layer* reads: f64[groups, inputs, inputs]."""
-    return sum((rows.transpose(1, 2) @ rows for rows in _rows(layer)), torch.zeros((), dtype=torch.float64))
+    return sum(
+        (rows.transpose(1, 2) @ rows for rows in _rows(layer, layer.noisy)), torch.zeros((), dtype=torch.float64)
+    )
+
+
+def cross_moments(layer: Layer) -> torch.Tensor:
+    """Σ x₀ xᵀ, x₀ what *layer* reads in the dense model, x what it reads now: f64[groups, inputs, inputs]."""
+    pairs = zip(_rows(layer, layer.exact), _rows(layer, layer.noisy), strict=True)
+    return sum((x.transpose(1, 2) @ now for x, now in pairs), torch.zeros((), dtype=torch.float64))
 
 
 def squares(layer: Layer) -> torch.Tensor:
     """Σ x² over all rows that *layer* reads: f64[groups, inputs]."""
-    return sum((rows.square().sum(1) for rows in _rows(layer)), torch.zeros((), dtype=torch.float64))
+    return sum((rows.square().sum(1) for rows in _rows(layer, layer.noisy)), torch.zeros((), dtype=torch.float64))
 
 
 def groups_of(unit: fx.Node) -> int:
@@ -36,9 +44,9 @@ def groups_of(unit: fx.Node) -> int:
     return int(ops.arguments(unit).get("groups", 1))
 
 
-def _rows(layer: Layer) -> Iterator[torch.Tensor]:
-    """Pieces of the rows, f64[groups, rows, inputs]."""
-    for x in layer.noisy:
+def _rows(layer: Layer, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Pieces of the rows that *batches* of inputs give, f64[groups, rows, inputs]."""
+    for x in batches:
         x = x.detach()
         if ops.kind(layer.node) == "linear":
             flat = x.reshape(-1, x.shape[-1])

@@ -181,4 +181,4 @@ def _atoms(dim: Dim) -> set[Atom]:
 def _kept(weight: torch.Tensor, index: torch.Tensor, pattern: Pattern) -> float:
     """Σ |w| that stays of *weight* with its inputs in the order *index*."""
     groups = matrix(weight.index_select(1, index)).abs().reshape(-1, pattern.m)
-    return float(groups.topk(pattern.n, dim=1).values.sum(dtype=torch.float64))
+    return sum(float(one.sum(dtype=torch.float64)) for one in _largest(groups.T[None], pattern.n))
