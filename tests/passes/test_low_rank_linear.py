@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import cost
@@ -641,6 +642,32 @@ def test_half_of_a_trained_transformer_is_enough(method: str) -> None:
     compiled = prepared.compile(backend="torch")
     assert top1(answers(compiled)) >= top1(answers(model)) - 0.005
     assert top1(answers(compiled)) >= top1(answers(tuned(copy.deepcopy(model)))) - 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert",
+        "gpt2",
+        "llama",
+        "t5-encoder",
+        "hf-swin",
+        "whisper-encoder",
+        "resnet18",
+        "mobilenet_v3_small",
+        "googlenet",
+    ],
+)
+def test_architectures_are_factorised_and_compile(name: str) -> None:
+    model, inputs = models.load(name, small=True)
+    passes = "low-rank-linear{ratio=0.9,multiple=1},low-rank-conv{ratio=0.8,multiple=1}"
+    prepared = fxopt.prepare(model, inputs, passes=passes).eval()
+    own = sum(parameter.numel() for parameter in prepared.parameters())
+    assert own < 0.97 * sum(parameter.numel() for parameter in model.parameters())
+    compiled = prepared.compile(backend="torch")
+    for a, b in zip(*(pytree.tree_leaves(one(*inputs)) for one in (prepared, compiled)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
 
 
 def test_the_pass_has_no_options_that_do_not_survive_their_spec() -> None:
