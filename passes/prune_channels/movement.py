@@ -137,11 +137,21 @@ def expand(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     x = [Fixed(1)] * (len(shape) - len(x)) + x
     result = list[Dim]()
     for dim, wanted in zip(x, shape, strict=True):
-        if dim.size == 1 and wanted.size > 1 and not is_dynamic(wanted):
-            result.append(Atom(wanted.size, node.name))
+        if dim.size == 1 and wanted.size > 1 and not is_dynamic(dim):
+            result.append(_repeated(wanted, node.name))
         else:
             result.append(dim if dim.size == wanted.size else wanted)
     return result if follow_sizes(c, node, a, result) else None
+
+
+def _repeated(wanted: Fixed, name: str) -> Dim:
+    """An axis along which all is the same: any of it can go, but not what depends on the inputs, as in 4·batch."""
+    if not is_dynamic(wanted):
+        return Atom(wanted.size, name)
+    count, rest = sympy.sympify(wanted.exact).as_coeff_Mul()
+    if not count.is_Integer or count <= 1 or wanted.size % int(count):
+        return wanted
+    return Product((Fixed(wanted.size // int(count), wanted.reason, rest), Atom(int(count), name)))
 
 
 def permute(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:

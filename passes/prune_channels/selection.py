@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.passes.prune_channels.coupling import Axes, Coupling
+from fxopt.passes.prune_channels.coupling import Axes, Coupling, hint
 from fxopt.passes.prune_channels.dims import Atom, Dim, Fixed, Product, Sum, atoms, freeze, is_dynamic
 from fxopt.passes.prune_channels.movement import follow_sizes
 from fxopt.passes.prune_channels.products import broadcast
@@ -179,9 +179,14 @@ def repeat(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     given = list(a["repeats"] if "repeats" in a else a["dims"])
     result = list[Dim]()
     for d, o, n in zip(x, out, [1] * (len(out) - len(given)) + given, strict=True):
-        if not isinstance(n, int):
+        count = n.meta["val"] if isinstance(n, fx.Node) else n
+        if isinstance(count, int):
+            result.append(Product((Fixed(count), d)))
+        elif isinstance(count, torch.SymInt) and not is_dynamic(d):
+            result.append(Product((Fixed(hint(count), "", count.node.expr), d)))
+        else:
             freeze(d, f"{node.name} repeats it as often as is computed")
-        result.append(Product((Fixed(n), d)) if isinstance(n, int) else o)
+            result.append(o)
     return result
 
 

@@ -209,6 +209,38 @@ def test_sizes_that_are_computed_follow(kind: str) -> None:
     assert weight.shape[0] == 24, "half of the heads, and half of each"
 
 
+class Heads(nn.Module):
+    """Heads and batch on one axis, beside something that is repeated for each of the batch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.places = nn.Linear(6, 4)
+        self.last = nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        n, t, _ = x.shape
+        q, k, v = (f(x).view(n, t, 4, 8).transpose(1, 2).reshape(n * 4, t, 8) for f in (self.q, self.k, self.v))
+        scores = q @ k.transpose(1, 2)
+        if self.kind == "repeat":
+            bias = self.places(torch.eye(t)).T[:, None].repeat(n, 1, 1)
+        else:
+            by = (torch.arange(t)[:, None] - torch.arange(t)).abs()
+            bias = scores.exp().gather(2, by.expand(scores.shape[0], t, t))
+        y = ((scores + bias).softmax(-1) @ v).view(n, 4, t, 8).transpose(1, 2).reshape(n, t, 32)
+        return self.last(self.out(y).relu())
+
+
+@pytest.mark.parametrize("kind", ["repeat", "expand"])
+def test_heads_follow_beside_what_is_repeated_for_each_of_the_batch(kind: str) -> None:
+    other = [(torch.randn(5, 6, 32),)]
+    program = equals_masked(Heads(kind), (torch.randn(2, 6, 32),), dynamic=BATCH, others=other, least=3)
+    shapes = {name: tuple(value.shape) for name, value in program.tensors().items()}
+    assert shapes["q.weight"] == shapes["v.weight"] == (8, 32), "half of the heads, and half of each"
+    assert shapes.get("places.weight", (2, 6)) == (2, 6)
+
+
 @pytest.mark.parametrize("options", [{"size": (11, 9)}, {"scale_factor": 2}, {}])
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
 def test_images_of_any_size_are_resampled(mode: str, options: dict[str, Any]) -> None:
