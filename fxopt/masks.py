@@ -10,15 +10,17 @@ weights, of smallest magnitude (Han et al., "Learning both Weights and Connectio
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from fxopt import ops
 from fxopt.errors import InputError, PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE
+from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 from fxopt.sparsity import N_OF_M, Pattern
 
@@ -159,6 +161,31 @@ def parts(rewriter: Rewriter, node: object) -> tuple[fx.Node, fx.Node] | None:
             assert isinstance(mask, fx.Node)
             return weight, mask
     return None
+
+
+def uncover(program: Program, model: nn.Module) -> None:
+    """Let *program* multiply weights and masks itself where ``torch.nn.utils.prune`` has done so once and for all.
+
+    It masks a weight whenever its layer is called. ``nn.MultiheadAttention`` reads the weight of its ``out_proj``
+    without a call, so that a product made long ago is all that capture finds, and nothing to train.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    rewriter = Rewriter(program)
+    for node in list(program.graph.find_nodes(op="get_attr")):
+        name = str(node.target)
+        weight, mask = parameters.get(f"{name}_orig"), buffers.get(f"{name}_mask")
+        if weight is None or mask is None or not node.users:
+            continue
+        if not torch.equal(program.constants[name], weight * mask):
+            text = f"{name} is no longer the product of {name}_orig and its mask, and will not be trained"
+            warnings.warn(f"fxopt.prepare: {text}; torch.nn.utils.prune.remove settles it", stacklevel=2)
+            continue
+        factors = rewriter.constant(f"{name}_orig", weight), rewriter.constant(f"{name}_mask", mask)
+        before, readers = rewriter.first_call(), list(node.users)
+        product = rewriter.call(torch.ops.aten.mul.Tensor, factors, before=before, origin=readers[0])
+        for reader in readers:
+            rewriter.rewire(reader, node, product)
+    program.remove_dead()
 
 
 def fold(rewriter: Rewriter) -> None:

@@ -95,6 +95,7 @@ def _examples(model: object, example_inputs: Any, example_kwargs: Any) -> tuple[
 
 
 def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify: bool, name: str) -> PreparedModel:
+    masks.uncover(captured.program, captured.model)
     program, records = Pipeline(ctx, captured.reference, verify).run(captured.program, listed)
     modules: dict[str, nn.Module] = {}
     for record in records:

@@ -149,6 +149,44 @@ def test_channels_are_pruned_with_their_masks() -> None:
     assert torch.allclose(compiled(X), prepared(X), atol=1e-5)
 
 
+class Attending(nn.Module):
+    """Reads the weight of ``out_proj`` without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 5)
+        prune.l1_unstructured(self.attention.out_proj, "weight", 0.5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_a_weight_that_is_read_without_a_call() -> None:
+    model, x = Attending(), torch.randn(2, 6, 16)
+    expected = model(x)
+    prepared = fxopt.prepare(model, (x,), passes="")
+    assert prepared.state_dict().keys() == model.state_dict().keys()
+    assert torch.allclose(prepared(x), expected, atol=1e-6)
+    before = prepared.get_parameter("attention.out_proj.weight_orig").clone()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    F.cross_entropy(prepared(x), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    moved = prepared.get_parameter("attention.out_proj.weight_orig") != before
+    assert torch.equal(moved, prepared.get_buffer("attention.out_proj.weight_mask") != 0)
+    compiled = prepared.eval().compile(backend="torch")
+    assert torch.allclose(compiled(x), prepared(x), atol=1e-5)
+
+
+def test_a_weight_that_is_read_without_a_call_and_out_of_date() -> None:
+    model, x = Attending(), torch.randn(2, 6, 16)
+    with torch.no_grad():
+        model.get_parameter("attention.out_proj.weight_orig").add_(1)
+    with pytest.warns(UserWarning, match="attention.out_proj.weight is no longer the product"):
+        prepared = fxopt.prepare(model, (x,), passes="")
+    assert torch.allclose(prepared.eval()(x), model.eval()(x), atol=1e-5)
+
+
 def test_masks_close_further() -> None:
     model = pruned("twice")
     prepared = fxopt.prepare(model, (X,), passes="prune-weights{ratio=0.9}")
