@@ -3,7 +3,7 @@
     groups     seconds to find the groups of a captured model, and to prune it; MACs counted by PyTorch as well
     latency    the dense and the pruned model in turn, on the torch backend
     accuracy   networks trained on handwritten digits, pruned to half of their MACs by Taylor importance and fine-tuned,
-               each side with the same budget, steps and seeds; then int8 on top
+               each contestant with the same budget, steps and seeds; in rounds; then int8 on top
 
 Writes bench-results/pruning.md.
 """
@@ -34,6 +34,7 @@ from tools.timing import medians
 ARCHITECTURES = ("resnet18", "resnet50", "densenet121", "mobilenet_v3_large", "convnext_tiny", "vit_b_16")
 HALF = "prune-channels{ratio=0.5,multiple=1}"
 TUNING = 300  # steps of 64 images after pruning
+ROUNDS = (60, 60, 180)  # steps after each of three rounds, together as many
 BATCHES = 8  # for importance, of 64 images
 
 
@@ -110,20 +111,22 @@ def top1(model: Callable[..., torch.Tensor], data: digits.Digits) -> float:
     return float((answers == data.held_labels).float().mean())
 
 
-def ours_pruned(model: nn.Module, data: digits.Digits, seed: int) -> fxopt.PreparedModel:
-    """Half of the MACs, by Taylor importance."""
+def ours_pruned(
+    model: nn.Module, data: digits.Digits, seed: int, share: float = 0.5, *, scope: str = "global"
+) -> fxopt.PreparedModel:
+    """*share* of the MACs, by Taylor importance: all groups ranked together, or the same ratio in each."""
     return fxopt.prepare(
         model,
-        (data.images[:64],),
-        dynamic_shapes=({0: "batch"},),
-        passes="prune-channels{macs=0.5,multiple=1,criterion=taylor}",
+        None if isinstance(model, fxopt.PreparedModel) else (data.images[:64],),
+        dynamic_shapes=None if isinstance(model, fxopt.PreparedModel) else ({0: "batch"},),
+        passes=f"prune-channels{{macs={share},multiple=1,criterion=taylor,scope={scope}}}",
         calibration=batches(data, seed),
         loss=F.cross_entropy,
     )
 
 
-def theirs_pruned(model: nn.Module, data: digits.Digits, seed: int) -> nn.Module:
-    """The same by Torch-Pruning; the ratio that gives half of the MACs is found by bisection."""
+def theirs_pruned(model: nn.Module, data: digits.Digits, seed: int, *, together: bool = False) -> nn.Module:
+    """The same by Torch-Pruning, or the same ratio in each group; that which gives half is found by bisection."""
     import torch_pruning
 
     x = data.images[:1]
@@ -133,7 +136,9 @@ def theirs_pruned(model: nn.Module, data: digits.Digits, seed: int) -> nn.Module
         own = copy.deepcopy(model).eval()
         ignored = [m for m in own.modules() if isinstance(m, nn.Linear) and m.out_features == 10]
         importance = torch_pruning.importance.GroupTaylorImportance()
-        pruner = torch_pruning.pruner.BasePruner(own, x, importance, pruning_ratio=ratio, ignored_layers=ignored)
+        pruner = torch_pruning.pruner.BasePruner(
+            own, x, importance, pruning_ratio=ratio, ignored_layers=ignored, global_pruning=together
+        )
         for images, labels in batches(data, seed):
             F.cross_entropy(own(images), labels).backward()
         pruner.step()
@@ -147,38 +152,65 @@ def theirs_pruned(model: nn.Module, data: digits.Digits, seed: int) -> nn.Module
     return at(high)
 
 
+def tuned(model: nn.Module, data: digits.Digits, seed: int, steps: int = TUNING) -> nn.Module:
+    """*model* after *steps* more batches, in eval mode."""
+    torch.manual_seed(seed)
+    digits.fit(model.train(), data, steps=steps, rate=1e-3, batch=64)
+    return model.eval()
+
+
+def in_rounds(model: nn.Module, data: digits.Digits, seed: int) -> nn.Module:
+    """As few MACs with as many steps, in rounds of pruning and training."""
+    for steps in ROUNDS:
+        model = tuned(ours_pruned(model, data, seed, 0.5 ** (1 / len(ROUNDS))), data, seed, steps)
+    return model
+
+
+CONTESTANTS: dict[str, Callable[[nn.Module, digits.Digits, int], nn.Module]] = {
+    "Torch-Pruning": lambda model, data, seed: tuned(theirs_pruned(model, data, seed), data, seed),
+    "Torch-Pruning, global": lambda model, data, seed: tuned(
+        theirs_pruned(model, data, seed, together=True), data, seed
+    ),
+    "fxopt": lambda model, data, seed: tuned(ours_pruned(model, data, seed, scope="group"), data, seed),
+    "fxopt, global": lambda model, data, seed: tuned(ours_pruned(model, data, seed), data, seed),
+    "fxopt, global, rounds": in_rounds,
+}
+
+
+def to_int8(model: nn.Module, data: digits.Digits) -> fxopt.CompiledModel:
+    """A model of ours, quantized after training."""
+    assert isinstance(model, fxopt.PreparedModel)
+    images = [(part,) for part in data.images[:256].split(20)]
+    return model.compile(
+        example_inputs=(data.images[:20],), passes="insert-fake-quant", calibration=images, backend="torch"
+    )
+
+
 def accuracy(names: list[str], seeds: int) -> Table:
-    """A row for each network: top-1 as the mean of the seeds."""
-    table = Table("", "dense", "Torch-Pruning", "fxopt", "fxopt, then int8", "MACs, both")
+    """A row for each network: top-1 as the mean of the seeds, and the share of the MACs in the first of them."""
+    table = Table("", "dense", *CONTESTANTS, "then int8")
     data = digits.load()
     for name in names:
-        found: dict[str, list[float]] = {"dense": [], "theirs": [], "ours": [], "int8": []}
-        shares: list[str] = []
+        found: dict[str, list[float]] = {column.header: [] for column in table.columns[1:]}  # type: ignore[misc]
+        shares: dict[str, float] = {}
         for seed in range(seeds):
             dense = digits.trained(name, data, seed)
             found["dense"].append(top1(dense, data))
             whole = counted_macs(dense, data.images[:1])
-            pruned: list[nn.Module] = []
-            for key, build in (("theirs", theirs_pruned), ("ours", ours_pruned)):
+            for label, build in CONTESTANTS.items():
                 try:
                     small = build(dense, data, seed)
                 except Exception as error:  # a peer may not take the model; the table says so
-                    Console().print(f"{name}, {key}: {type(error).__name__}: {error}")
+                    Console().print(f"{name}, {label}: {type(error).__name__}: {error}")
                     continue
-                torch.manual_seed(seed)
-                digits.fit(small.train(), data, steps=TUNING, rate=1e-3, batch=64)
-                found[key].append(top1(small.eval(), data))
-                shares.append(f"{counted_macs(small, data.images[:1]) / whole:.2f}")
-                pruned.append(small)
-            ours = pruned[-1]
-            assert isinstance(ours, fxopt.PreparedModel)
-            images = [(part,) for part in data.images[:256].split(20)]
-            int8 = ours.compile(
-                example_inputs=(data.images[:20],), passes="insert-fake-quant", calibration=images, backend="torch"
-            )
-            found["int8"].append(top1(int8, data))
+                found[label].append(top1(small, data))
+                shares.setdefault(label, counted_macs(small, data.images[:1]) / whole)
+                if label == "fxopt, global":
+                    found["then int8"].append(top1(to_int8(small, data), data))
         cells = [f"{statistics.mean(values):.2%}" if values else "failed" for values in found.values()]
-        table.add_row(name, *cells, ", ".join(shares[:2]))
+        labels = [f" ({shares[label]:.2f})" if label in shares else "" for label in found]
+        table.add_row(name, *(cell + label for cell, label in zip(cells, labels, strict=True)))
+        Console().print(name, found)
     return table
 
 
@@ -189,7 +221,7 @@ def tables(arguments: argparse.Namespace) -> Iterator[Table]:
     if "latency" in arguments.what:
         yield latency(arguments.models[:2])
     if "accuracy" in arguments.what:
-        yield accuracy(list(digits.MODELS), arguments.seeds)
+        yield accuracy(arguments.networks, arguments.seeds)
 
 
 def main() -> None:
@@ -197,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/pruning", description=__doc__)
     parser.add_argument("what", nargs="*", default=["groups", "latency", "accuracy"])
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(ARCHITECTURES))
+    parser.add_argument("--networks", type=lambda text: text.split(","), default=list(digits.MODELS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
