@@ -19,14 +19,16 @@ does not, and an op that adds what may be a mask stays in fp32.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt import ops
+from fxopt import ops, quantized
 from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter, infer
 
@@ -47,6 +49,7 @@ class CastPrecision(Pass):
 
     Attributes:
         dtype: "bf16" (range of fp32, 8 bits of precision) or "fp16" (11 bits, overflows at 65,504).
+        keep: shell patterns of the ops to leave in fp32, by their names or those of their weights.
     """
 
     name: ClassVar[str] = "cast-precision"
@@ -59,6 +62,7 @@ class CastPrecision(Pass):
         "merge-linears",
     )
     dtype: Literal["bf16", "fp16"] = "bf16"
+    keep: tuple[str, ...] = ()
 
     def untrainable(self) -> str | None:
         """Weights in low precision lose small updates."""
@@ -71,14 +75,17 @@ class CastPrecision(Pass):
             text = f"target {ctx.target} has no native {self.dtype} arithmetic: expect it to be slower than fp32"
             rewriter.note(text)
             warnings.warn(f"cast-precision: {text}", stacklevel=2)
-        _Sweep(rewriter, low).run()
+        names = {name for node in rewriter.nodes() if ops.precision(node) == "low" for name in _names(node)}
+        self.warn_of_unused(rewriter, self.keep, names, "matmul or conv")
+        _Sweep(rewriter, low, self.keep).run()
 
 
 class _Sweep:
     """State of the one sweep: which values are low now, and the casts made so far."""
 
-    def __init__(self, rewriter: Rewriter, low: torch.dtype) -> None:
+    def __init__(self, rewriter: Rewriter, low: torch.dtype, keep: Sequence[str] = ()) -> None:
         self.rewriter = rewriter
+        self.keep = keep
         self.low = low
         self.casts: dict[tuple[fx.Node, torch.dtype, bool], fx.Node] = {}
         self.ordinary: set[fx.Node] = set()
@@ -130,7 +137,8 @@ class _Sweep:
         a, call = ops.arguments(node), self.rewriter.call
         spatial = [a[key] for key in ("stride", "padding", "dilation", "groups") if key in a]
         plain = getattr(aten, ops.packet(node)).default
-        parts = [call(plain, (a["x"], a["weight"], a["bias"], *spatial), before=node)]
+        factors = [None if v is None else self._cast(v, self.low, node) for v in (a["x"], a["weight"], a["bias"])]
+        parts = [call(plain, (*factors, *spatial), before=node)]
         parts.append(call(aten.add.Tensor, (parts[-1], a["residual"]), before=node))
         if a["activation"] != "none":
             function: Any = ops.ACTIVATIONS[a["activation"]]
@@ -150,8 +158,8 @@ class _Sweep:
         outputs = _floats(node.meta["val"])
         if not inputs or any(d not in (_WIDE, self.low) for d in outputs):
             return _WIDE
-        if not self._fits(node, precision):
-            return _WIDE
+        if not self._fits(node, precision) or any(quantized.is_dequantize(n) for n in inputs):
+            return _WIDE  # what reads integers is computed in integers
         if any(n.meta["val"].layout != torch.strided for n in inputs):
             self.rewriter.skip(node, "it reads a sparse tensor")
             return _WIDE
@@ -160,7 +168,8 @@ class _Sweep:
             self.rewriter.skip(node, f"it adds {mask.name}, which may hold numbers beyond fp16 (a mask)")
             return _WIDE
         if precision == "low":
-            return self.low
+            kept = any(fnmatch.fnmatchcase(name, pattern) for name in _names(node) for pattern in self.keep)
+            return _WIDE if kept else self.low
         # A sum with a vector or matrix of the model is fp32 by the rules of type promotion, too.
         sums = computed if ops.kind(node) != "add" else [n for n in inputs if n.meta["val"].dim() > 0]
         low = [n for n in sums if _dtype(n) == self.low]
@@ -204,6 +213,8 @@ class _Sweep:
         *clamped*: finite numbers stay finite.
         """
         key = (value, dtype, clamped)
+        if _dtype(value) == dtype:
+            return value
         if key not in self.casts:
             tensor = self.rewriter.tensor(value)
             if tensor is not None:
@@ -247,6 +258,12 @@ def _saturated(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.numel() == 0 or max(abs(float(end)) for end in torch.aminmax(tensor)) <= limit:
         return tensor
     return tensor.clamp(-limit, limit).where(tensor.isfinite(), tensor)
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The name of *node*, and that of its weight."""
+    weight = ops.arguments(node).get("weight")
+    return [node.name, *([str(weight.target)] if isinstance(weight, fx.Node) and weight.op == "get_attr" else [])]
 
 
 def _is_body(node: fx.Node) -> bool:

@@ -39,8 +39,8 @@ class InsertFakeQuant(Pass):
         overrides: "pattern=mode" for ops whose name, whose module's path or whose weight's name fits the shell pattern;
             the last that fits wins. A mode is static, dynamic, none (weight-only) or float. Example:
             ``['classifier*=float']``.
-        objective: "coverage" to quantize whatever can be, or "latency" to leave in float what makes the model slower on
-            the engine, as measured on the example inputs.
+        objective: "coverage" to quantize whatever can be, or "latency" to leave in float, or put in bf16 where the
+            machine has it, what makes the model slower on the engine, as measured on the example inputs.
         first_last: quantize the first and the last conv or linear too.
         smooth: run smooth-quant before, which evens out the channels of what linears read.
         on_loss: "warn", "raise", or "repair" (the worst layers go back to float) when an output falls below *cosine*.

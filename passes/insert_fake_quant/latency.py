@@ -1,48 +1,76 @@
-"""Which convs and linears to leave in float because the whole model then runs faster: measured, not guessed.
-
-An int8 kernel that is faster by itself may cost more than it saves, since its neighbours must quantize for it. So the
-model is measured as a whole: the layers are split into runs of neighbours, a run is flipped between int8 and float, and
-what makes the model faster stays; then the halves of each run are tried.
-"""
+"""``objective=latency``: each conv and linear in int8, half precision or float, as the whole model is fastest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-# A flip must bring so much of the latency to count: less is noise.
-_GAIN = 0.015
-_FIRST_RUNS, _MOST_MEASUREMENTS = 8, 48
+import torch
+from torch import fx
 
-Latency = Callable[[frozenset[str]], float]
+from fxopt import fastest, ops, registry
+from fxopt.errors import PreconditionError
+from fxopt.program import Program
+from fxopt.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from fxopt.passes.insert_fake_quant.quantization import Quantization
 
 
-def choose_floats(names: Sequence[str], latency: Latency) -> frozenset[str]:
-    """The layers of *names* to leave in float. The empty set if nothing beats all of them in int8.
+def choose_by_latency(one: Quantization, exact: Program) -> None:
+    """Take layers out of ``one.modes``, into ``one.halves`` or to float, as the engine runs *exact* fastest.
 
-    Args:
-        names: in graph order.
-        latency: milliseconds of the model with the given layers in float and all others in int8.
+    Raises:
+        PreconditionError: the target cannot run here.
     """
-    floats, best = frozenset[str](), latency(frozenset())
-    time = latency(frozenset(names))
-    if time < best * (1 - _GAIN):
-        floats, best = frozenset(names), time
-    size = max(1, -(-len(names) // _FIRST_RUNS))
-    runs = [tuple(names[i : i + size]) for i in range(0, len(names), size)]
-    measured = 2
-    while runs and measured < _MOST_MEASUREMENTS:
-        run = runs.pop(0)
-        trial = floats - set(run) if floats & set(run) else floats | set(run)
-        time, measured = latency(trial), measured + 1
-        if time < best * (1 - _GAIN):
-            floats, best = trial, time
-        if len(run) > 1:
-            middle = len(run) // 2
-            runs += [run[:middle], run[middle:]]
-    return floats if _confirmed(floats, latency) else frozenset()
+    measure, modes, half = one.ctx.latency, dict(one.modes), one.scheme.half
+    if measure is None:
+        raise PreconditionError(
+            f"objective=latency measures, and target {one.ctx.target} cannot run here: compile on such a machine, "
+            "or use objective=coverage"
+        )
+    finish = registry.find_pass("freeze-quantized-weights")()
+    native = half and torch.bfloat16 in one.ctx.target.native_dtypes
+    names = [n.name for n in exact.graph.nodes if n.name in modes or (native and _is_free(n, one.reasons))]
+
+    def follow(plan: fastest.Plan) -> None:
+        one.modes = {name: mode for name, mode in modes.items() if plan[name] == "int8"}  # some have no int8 kernel
+        one.halves = {name for name, variant in plan.items() if variant == half}
+        one.observe(exact)
+
+    def milliseconds(plan: fastest.Plan) -> float:
+        follow(plan)
+        trial = one.trial(exact)
+        finish.run(Rewriter(trial), one.ctx)
+        trial.remove_dead()
+        return measure(trial)
+
+    variants = ["int8", *([half] if native else []), "float"]
+    plan = fastest.choose(names, variants, milliseconds, _alike(exact, names))
+    follow(plan)
+    one.reasons |= {
+        name: f"the model is faster with it in {variant}, as measured on this engine"
+        for name, variant in plan.items()
+        if variant == half or (variant == "float" and name in modes)
+    }
 
 
-def _confirmed(floats: frozenset[str], latency: Latency) -> bool:
-    """Whether *floats* is faster than all int8 when both are measured in turn; single measurements drift."""
-    pairs = [(latency(floats), latency(frozenset())) for _ in range(3)] if floats else []
-    return bool(pairs) and min(a for a, _ in pairs) < min(b for _, b in pairs)
+def _is_free(node: fx.Node, reasons: Mapping[str, str]) -> bool:
+    """Whether *node* is a conv or linear without an int8 kernel, and nobody asked for it to be in float."""
+    known = ops.kind(node) in ("conv", "conv_transpose", "linear") and node.name in reasons
+    return known and not reasons[node.name].endswith("as asked") and node.meta["val"].dtype is torch.float32
+
+
+def _alike(program: Program, names: Collection[str]) -> list[list[str]]:
+    """Layers of *names* that are of one kind.
+
+    Linears with weights of one shape; convolutions with one kernel, depthwise or not, that give images or single pixels
+    (as those of squeeze and excitation).
+    """
+    groups: dict[object, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.name in names:
+            weight, places = ops.arguments(node)["weight"].meta["val"].shape, node.meta["val"].shape[2:]
+            image = (tuple(weight[2:]), weight[1] == 1, all(size == 1 for size in places))
+            groups.setdefault((ops.kind(node), image if len(weight) > 2 else tuple(weight)), []).append(node.name)
+    return [group for group in groups.values() if 1 < len(group) < len(names)]

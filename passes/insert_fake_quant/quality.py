@@ -52,7 +52,7 @@ class LayerQuality:
     Attributes:
         name: of the node; ``kind``: "conv", "linear"...
         weight: name of its weight, as it is in the user's model or after passes before.
-        mode: "static", "dynamic", "weight-only", or "float".
+        mode: "static", "dynamic", "weight-only", "float" or "bf16".
         snr_db: signal-to-noise ratio of its result in decibels; None where it stays in float.
         low, high: range of its quantized input.
         clipped: share of the elements of its input outside that range, on a batch kept back from calibration.
@@ -101,7 +101,7 @@ class Quality:
         return as_text(self)
 
     def __rich__(self) -> Group:
-        done = [layer for layer in self.layers if layer.mode != "float"]
+        done = [layer for layer in self.layers if layer.mode not in ("float", "bf16")]
         title = f"scheme {self.scheme}: {len(done)} of {len(self.layers)} layers quantized"
         reasons = list(dict.fromkeys(layer.reason for layer in self.layers if layer.reason))
         notes = [Text(f"[{i}] {reason}") for i, reason in enumerate(reasons, start=1)]

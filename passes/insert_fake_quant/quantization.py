@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from fxopt import ops, quantized, registry
-from fxopt.errors import PreconditionError, VerifyError
+from fxopt.errors import VerifyError
 from fxopt.passbase import PassContext
 from fxopt.passes.insert_fake_quant import calibrate, embeddings, insert, pictures, quality
 from fxopt.passes.insert_fake_quant.insert import Range
-from fxopt.passes.insert_fake_quant.latency import choose_floats
+from fxopt.passes.insert_fake_quant.latency import choose_by_latency
 from fxopt.passes.insert_fake_quant.placement import Placement, place
 from fxopt.passes.insert_fake_quant.scheme import Scheme, choose
 from fxopt.program import Program, source_line
@@ -44,6 +44,7 @@ class Quantization:
         self.reasons: dict[str, str] = {}
         self.ranges: dict[str, Range] = {}
         self.matched = set[str]()  # overrides that fit something
+        self.halves = set[str]()  # layers that are to run in the scheme's half precision
         self.tables: list[str] = []  # embeddings whose table becomes int8
 
     def run(self) -> None:
@@ -56,7 +57,7 @@ class Quantization:
             self.observe(exact)
             self._leave_silent(exact)
         if self.options.objective == "latency" and self.modes:
-            self._choose_by_latency(exact)
+            choose_by_latency(self, exact)
         given = self.ctx.calibration is not None  # without, the example inputs have to do
         kept = calibrate.kept_back(self.ctx.batches(self.options)) if given else [self.ctx.inputs]
         found = self._check(exact, kept) if kept and (self.modes or self.tables) else []
@@ -141,28 +142,6 @@ class Quantization:
     def _group(self, weight: torch.Tensor) -> int:
         return insert.group_of(weight, self.options.group_size, self.scheme.group_multiple)
 
-    def _choose_by_latency(self, exact: Program) -> None:
-        """Leave in float what the engine runs faster that way."""
-        measure, modes = self.ctx.latency, dict(self.modes)
-        if measure is None:
-            raise PreconditionError(
-                f"objective=latency measures, and target {self.ctx.target} cannot run here: compile on such a machine, "
-                "or use objective=coverage"
-            )
-        finish = registry.find_pass("freeze-quantized-weights")()
-
-        def latency(floats: frozenset[str]) -> float:
-            self.modes = {name: mode for name, mode in modes.items() if name not in floats}
-            self.observe(exact)
-            trial = self.trial(exact)
-            finish.run(Rewriter(trial), self.ctx)
-            trial.remove_dead()
-            return measure(trial)
-
-        floats = choose_floats(list(modes), latency)
-        self.modes = {name: mode for name, mode in modes.items() if name not in floats}
-        self.reasons |= dict.fromkeys(floats, "the model is faster with it in float, as measured on this engine")
-
     def _leave_silent(self, exact: Program) -> None:
         """Leave in float what reads nothing but zeros in the calibration data: they say nothing of other data."""
         placement = self.place(exact)
@@ -212,6 +191,10 @@ class Quantization:
         insert.dynamic(rewriter, [u for u, mode in units.items() if mode == "dynamic"], self.scheme.activation)
         for node in [n for n in rewriter.nodes() if n.name in self.tables]:
             embeddings.insert(rewriter, node, self.scheme.weight)
+        if self.halves:
+            rest = [n.name for n in rewriter.nodes() if ops.kind(n) in _UNITS and n.name not in self.halves]
+            cast = registry.find_pass("cast-precision")(dtype=self.scheme.half, keep=tuple(rest))  # type: ignore[call-arg]
+            cast.run(rewriter, self.ctx)
 
     def trial(self, exact: Program) -> Program:
         """A copy of *exact* with the layers quantized that ``modes`` names."""
@@ -256,7 +239,8 @@ class Quantization:
         modes = self.modes | dict.fromkeys(self.tables, "none")
         for name in [n for n in nodes if n in modes or n in self.reasons]:
             node, snr = nodes[name], noise.get(name)
-            mode, reason = modes.get(name, "float"), self.reasons.get(name, "")
+            float_mode = self.scheme.half if name in self.halves else "float"
+            mode, reason = modes.get(name, float_mode), self.reasons.get(name, "")
             label = {"none": "weight-only"}.get(mode, mode)
             given = ranges.get(node.all_input_nodes[0].name) if mode == "static" else None
             seen = shown[name].input if given and name in shown else None

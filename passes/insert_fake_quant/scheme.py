@@ -42,6 +42,8 @@ class Scheme:
         fused_activations: those that ride on a unit whose kernel cannot leave its result in float.
         dynamic: the engine is told how to quantize activations at each call; where it does that by itself given int8
             weights, only those are quantized.
+        half: the dtype of ``cast-precision`` in which this engine computes floats faster, where the target has it; ""
+            for engines that have none, or choose it by themselves.
         group_multiple: what the size of a group of int4 weights must be a multiple of, where a row has several.
         declined: why a kind is left in float, for the report.
     """
@@ -57,6 +59,7 @@ class Scheme:
     float_results: frozenset[str] = frozenset({"conv", "linear"})
     fused_activations: frozenset[str] = frozenset({"relu", "hardtanh"})
     dynamic: bool = True
+    half: Literal["", "bf16"] = ""
     group_multiple: int = 1
     declined: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -65,6 +68,7 @@ _NO_TRANSPOSED = {"conv_transpose": "this engine has no int8 kernel for transpos
 
 TORCH = Scheme(
     "torch",
+    half="bf16",
     elementwise=frozenset({"add", "mul", "avg_pool"}),
     declined=_NO_TRANSPOSED,
 )

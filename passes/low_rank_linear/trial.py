@@ -8,11 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from fxopt import registry
+from fxopt import fastest, registry
 from fxopt.errors import PreconditionError, SpecError
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, quality
-from fxopt.passes.insert_fake_quant.latency import choose_floats
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 
@@ -85,9 +84,12 @@ class Trials(Generic[Rank]):
 
     def faster(self, rewriter: Rewriter, ranks: Mapping[str, Rank]) -> dict[str, Rank]:
         """Those of *ranks* with which the model is fastest; a reason is left at the others."""
-        dense = choose_floats(
-            list(ranks), lambda whole: self.latency({k: v for k, v in ranks.items() if k not in whole})
-        )
+
+        def milliseconds(plan: fastest.Plan) -> float:
+            return self.latency({name: rank for name, rank in ranks.items() if plan[name] == "factors"})
+
+        plan = fastest.choose(list(ranks), ("factors", "whole"), milliseconds)
+        dense = [name for name, variant in plan.items() if variant == "whole"]
         for name in dense:
             for user in next(n for n in rewriter.nodes() if n.op == "get_attr" and str(n.target) == name).users:
                 rewriter.skip(user, "the model is faster with the layer whole, as measured")

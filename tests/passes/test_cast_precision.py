@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxopt
-from fxopt import testing, verify
+from fxopt import ops, quantized, testing, verify
 from fxopt.target import resolve_target
 from tests.passes.models import Model, chain, image
 
@@ -271,3 +271,32 @@ def test_an_unknown_op_sees_the_dtype_of_capture() -> None:
     check(model, torch.randn(2, 4))
     low = Model(lambda m, x: m.layer(x).cumsum(-1), layer=nn.Linear(4, 4)).bfloat16()
     assert set(dtypes(check(low, torch.randn(2, 4).bfloat16())).values()) == {torch.bfloat16}
+
+
+def test_what_insert_fake_quant_left_stays_integer() -> None:
+    torch.manual_seed(0)
+    model = chain(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Hardswish(), nn.Conv2d(16, 8, 1))
+    data = [(torch.randn(1, 8, 8, 8),) for _ in range(4)]
+    quantize = "canonicalize,fuse-conv-bn-relu,insert-fake-quant{scheme=torch,smooth=false,overrides=['2=float']}"
+    checked = testing.check_pass("cast-precision", model, data[0], before=quantize, calibration=data)
+    convs = [node for node in checked.program.graph.nodes if ops.kind(node) == "conv"]
+    weights = [quantized.is_dequantize(ops.arguments(conv)["weight"]) for conv in convs]
+    assert weights[0]
+    assert not weights[1]
+    low = [conv.meta["val"].dtype is torch.bfloat16 for conv in convs]
+    assert low == [not one for one in weights]
+
+
+def test_what_is_kept_stays_in_fp32() -> None:
+    model = chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    checked = testing.check_pass("cast-precision{keep=['1.*']}", model, (image(),))
+    convs = [node.meta["val"].dtype for node in checked.program.graph.nodes if ops.kind(node) == "conv"]
+    assert convs == [torch.bfloat16, torch.float32, torch.bfloat16]
+    with pytest.warns(UserWarning, match="'typo' fits no matmul or conv"):
+        testing.check_pass("cast-precision{keep=[typo]}", model, (image(),))
+
+
+def test_a_conv_with_a_residual_in_fp32_and_an_input_in_bf16() -> None:
+    """The parts of the fused op are made from values that differ in dtype."""
+    model = Model(lambda m, x: m.b(m.a(x)) + x, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1)).eval()
+    check(model, image(), before="canonicalize,fuse-conv-bn-relu")
