@@ -160,11 +160,13 @@ def outputs(exact: Program, noisy: Program, batches: Sequence[Sequence[Any]]) ->
     leaves = exact.signature.outputs
     sums = [Noise() for _ in leaves]
     same, rows = [0] * len(leaves), [0] * len(leaves)
+    seen = [False] * len(leaves)
     for batch in batches:
         pairs = zip(evaluate(exact, batch), evaluate(noisy, batch), strict=True)
         for i, (x, y) in zip(range(len(leaves)), pairs, strict=False):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 continue
+            seen[i] = True
             finite = x.isfinite()
             sums[i].add(x.where(finite, 0), y.where(finite, 0))
             if x.dim() == 2 and x.shape[1] > 1:
@@ -173,7 +175,7 @@ def outputs(exact: Program, noisy: Program, batches: Sequence[Sequence[Any]]) ->
     return [
         OutputQuality(leaf.name, noise.cosine, noise.snr_db, same[i] / rows[i] if rows[i] else None)
         for i, (leaf, noise) in enumerate(zip(leaves, sums, strict=True))
-        if noise.signal or noise.other
+        if seen[i]
     ]
 
 

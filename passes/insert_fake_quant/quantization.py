@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxopt.passes.insert_fake_quant import InsertFakeQuant
 
 _UNITS = ("conv", "conv_transpose", "linear")
+_LARGEST_BIAS = 2**31 - 1
 _WORST = 5  # layers named in a warning
 
 
@@ -56,6 +57,7 @@ class Quantization:
         if "static" in self.modes.values():
             self.observe(exact)
             self._leave_silent(exact)
+            self._leave_drowned(exact)
         if self.options.objective == "latency" and self.modes:
             choose_by_latency(self, exact)
         given = self.ctx.calibration is not None  # without, the example inputs have to do
@@ -151,6 +153,23 @@ class Quantization:
             if any(groups[placement.quantized[value]] == Range(0.0, 0.0) for value in reads):
                 del self.modes[unit.name]
                 self.reasons[unit.name] = "what it reads is zero in all of the calibration data"
+
+    def _leave_drowned(self, exact: Program) -> None:
+        """Leave in float, where biases are integers, what has one too large for 32 bits in steps of its products."""
+        placement = self.place(exact)
+        groups = self._groups(placement)
+        constants = Rewriter(exact)
+        for unit in placement.units if self.scheme.integer_bias else ():
+            a = ops.arguments(unit)
+            weight, bias = constants.tensor(a["weight"]), constants.tensor(a.get("bias"))
+            given = groups.get(placement.quantized.get(unit.all_input_nodes[0]))  # type: ignore[arg-type]
+            if weight is None or bias is None or given is None:
+                continue
+            step = self.scheme.activation.parameters(given.low, given.high)[0].double()
+            steps = step * weight.detach().abs().flatten(1).amax(1).double() / self.scheme.weight.qmax
+            if bool((bias.detach().double().abs() > steps * _LARGEST_BIAS)[steps > 0].any()):
+                del self.modes[unit.name]
+                self.reasons[unit.name] = "its bias is beyond 32 bits in steps of its products: they hardly matter"
 
     def place(self, program: Program) -> Placement:
         """Where integers go in *program*, which is the graph under edit or a copy of it."""

@@ -42,6 +42,7 @@ class Scheme:
         fused_activations: those that ride on a unit whose kernel cannot leave its result in float.
         dynamic: the engine is told how to quantize activations at each call; where it does that by itself given int8
             weights, only those are quantized.
+        integer_bias: biases are added to the sums as 32-bit integers, in steps of input scale times weight scale.
         half: the dtype of ``cast-precision`` in which this engine computes floats faster, where the target has it; ""
             for engines that have none, or choose it by themselves.
         group_multiple: what the size of a group of int4 weights must be a multiple of, where a row has several.
@@ -59,6 +60,7 @@ class Scheme:
     float_results: frozenset[str] = frozenset({"conv", "linear"})
     fused_activations: frozenset[str] = frozenset({"relu", "hardtanh"})
     dynamic: bool = True
+    integer_bias: bool = False
     half: Literal["", "bf16"] = ""
     group_multiple: int = 1
     declined: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -75,6 +77,7 @@ TORCH = Scheme(
 ONNXRUNTIME = Scheme(
     "onnxruntime",
     elementwise=frozenset({"add", "mul", "avg_pool", "sigmoid", "leaky_relu"}),
+    integer_bias=True,
     residual="separate",  # QLinearConv has no residual operand, QLinearAdd is a kernel of its own
     float_results=frozenset({"linear"}),  # QGemm may give floats, QLinearConv may not
     declined=_NO_TRANSPOSED,

@@ -280,3 +280,26 @@ def test_a_training_batch_that_says_nothing_leaves_the_ranges(bad: float) -> Non
     with torch.no_grad():
         assert torch.isfinite(prepared(*X)).all()
         assert torch.nn.functional.cosine_similarity(prepared(*X).flatten(), linears()(*X).flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-9])
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+def test_tiny_inputs_beside_biases_that_drown_them(backend: str, size: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    data = [(size * torch.randn(32, 128),) for _ in range(6)]
+    result = fxopt.compile(model, example_inputs=data[0], passes="insert-fake-quant", calibration=data, backend=backend)
+    torch.testing.assert_close(result(*data[1]), model(*data[1]), rtol=1e-2, atol=1e-2)
+    [first, second] = result.report.quantization.layers
+    assert second.mode == "static"
+    assert ("beyond 32 bits" in first.reason) == (backend == "onnx")
+
+
+def test_outputs_that_are_zero_are_compared_all_the_same() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU()).eval()
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-100)
+    data = [(torch.randn(32, 256),) for _ in range(6)]
+    result = fxopt.compile(model, example_inputs=data[0], passes="insert-fake-quant", calibration=data, backend="torch")
+    [output] = result.report.quantization.outputs
+    assert output.cosine == 1
