@@ -9,50 +9,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from fxopt import measure
+
 # A move must bring so much of the latency to count: less is noise.
 _GAIN = 0.015
-_FIRST_RUNS, _MOST_MEASUREMENTS = 8, 64
+_FIRST_RUNS, _MOST_TRIALS = 8, 64
 
 Plan = Mapping[str, str]
 """For each layer its variant."""
-Latency = Callable[[Plan], float]
+Call = Callable[[], object]
 
 
 def choose(
-    names: Sequence[str], variants: Sequence[str], latency: Latency, alike: Sequence[Sequence[str]] = ()
+    names: Sequence[str],
+    variants: Sequence[str],
+    build: Callable[[Plan], Call],
+    alike: Sequence[Sequence[str]] = (),
 ) -> Plan:
     """The fastest plan found; every layer in the first variant if nothing beats that.
 
     Args:
         names: of the layers in graph order.
         variants: what a layer can be, such as "int8" and "float".
-        latency: milliseconds of the model under a plan.
+        build: the model under a plan, as a function that runs it once.
         alike: groups of layers that are of one kind and shape.
     """
     start = dict.fromkeys(names, variants[0])
-    search = _Search(start, latency)
+    first = build(start)
+    search = _Search(start, first, build)
     for group in (names, *alike, *_runs(names)):
         for variant in variants:
             search.move(group, variant)
-    return search.best if search.best != start and _is_faster(search.best, start, latency) else start
+    return search.plan if search.plan != start and measure.race(first, search.call) < 1 - _GAIN else start
 
 
 class _Search:
-    """The best plan so far."""
+    """The best plan so far, and the model under it."""
 
-    def __init__(self, start: Plan, latency: Latency) -> None:
-        self.latency = latency
-        self.best, self.time = start, latency(start)
-        self.left = _MOST_MEASUREMENTS
+    def __init__(self, plan: Plan, call: Call, build: Callable[[Plan], Call]) -> None:
+        self.plan, self.call, self.build = plan, call, build
+        self.left = _MOST_TRIALS
 
     def move(self, names: Sequence[str], variant: str) -> None:
         """Keep the plan with *names* in *variant* if it is faster."""
-        trial = {**self.best, **dict.fromkeys(names, variant)}
-        if trial == self.best or not self.left:
+        trial = {**self.plan, **dict.fromkeys(names, variant)}
+        if trial == self.plan or not self.left:
             return
-        time, self.left = self.latency(trial), self.left - 1
-        if time < self.time * (1 - _GAIN):
-            self.best, self.time = trial, time
+        self.left -= 1
+        call = self.build(trial)
+        if measure.race(self.call, call) < 1 - _GAIN:
+            self.plan, self.call = trial, call
 
 
 def _runs(names: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -64,9 +70,3 @@ def _runs(names: Sequence[str]) -> Iterator[Sequence[str]]:
         yield run
         if len(run) > 1:
             pending += [run[: len(run) // 2], run[len(run) // 2 :]]
-
-
-def _is_faster(plan: Plan, than: Plan, latency: Latency) -> bool:
-    """Whether *plan* is faster when both are measured in turn; single measurements drift."""
-    pairs = [(latency(plan), latency(than)) for _ in range(3)]
-    return min(a for a, _ in pairs) < min(b for _, b in pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +58,18 @@ class Rewritten:
             folder = Path(folder) / engine.name
         ctx = self.pipeline.ctx
 
-        def latency(program: Program) -> float:
+        def build(program: Program) -> Callable[[], object]:
             executable = engine.lower(program, ctx.target, ctx.inputs)
-            return latency_ms(lambda: executable(ctx.inputs), budget_s=0.5, calls=30)
+            return lambda: executable(ctx.inputs)
+
+        def latency(program: Program) -> float:
+            return latency_ms(build(program), budget_s=0.5, calls=30)
 
         ctx = dataclasses.replace(
             ctx,
             engine=engine.name,
             latency=latency if ctx.target.runs_here else None,
+            build=build if ctx.target.runs_here else None,
             declines_int8=engine.declines_int8,
         )
         return dataclasses.replace(self.pipeline, ctx=ctx, folder=folder).advance(self.state, self.left)

@@ -1,4 +1,4 @@
-"""A short latency measurement: enough to tell engines apart, too short to be felt."""
+"""Short latency measurements: enough to tell engines apart, too short to be felt."""
 
 from __future__ import annotations
 
@@ -21,3 +21,27 @@ def latency_ms(call: Callable[[], object], *, budget_s: float = 0.3, calls: int 
         call()
         times.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(times)
+
+
+def race(first: Callable[[], object], second: Callable[[], object], *, budget_s: float = 0.8) -> float:
+    """How long *second* takes, in times of *first*: both in turn, so that a machine that slows down slows both.
+
+    The median over rounds, at least 3 and at most 20 within *budget_s* seconds, each of which compares the fastest of
+    a few calls.
+    """
+    start = time.perf_counter()
+    ratios: list[float] = []
+    while len(ratios) < 3 or (len(ratios) < 20 and time.perf_counter() - start < budget_s):
+        ratios.append(_fastest(second) / _fastest(first))
+    return statistics.median(ratios)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of three calls after one that fills the caches."""
+    call()
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)

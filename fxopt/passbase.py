@@ -53,6 +53,8 @@ class PassContext:
         engine: name of the backend that the graph is for; "" as long as that is open.
         latency: milliseconds of a program (which is used up) on that backend and the example inputs; None where the
             target cannot run here.
+        build: compiles a program (which is used up) for that backend, and gives a function that runs it once on the
+            example inputs; None where the target cannot run here.
         training: the graph is to be trained next: what acts in training only must stay.
         declines_int8: why a conv or linear would be no faster in int8 on that backend, or None.
     """
@@ -62,6 +64,7 @@ class PassContext:
     calibration: Calibration | None = None
     engine: str = ""
     latency: Callable[[Program], float] | None = None
+    build: Callable[[Program], Callable[[], object]] | None = None
     training: bool = False
     declines_int8: Callable[[fx.Node], str | None] = _declines_nothing
     loss: Callable[..., Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +23,8 @@ def choose_by_latency(one: Quantization, exact: Program) -> None:
     Raises:
         PreconditionError: the target cannot run here.
     """
-    measure, modes, half = one.ctx.latency, dict(one.modes), one.scheme.half
-    if measure is None:
+    build, modes, half = one.ctx.build, dict(one.modes), one.scheme.half
+    if build is None:
         raise PreconditionError(
             f"objective=latency measures, and target {one.ctx.target} cannot run here: compile on such a machine, "
             "or use objective=coverage"
@@ -38,15 +38,15 @@ def choose_by_latency(one: Quantization, exact: Program) -> None:
         one.halves = {name for name, variant in plan.items() if variant == half}
         one.observe(exact)
 
-    def milliseconds(plan: fastest.Plan) -> float:
+    def finished(plan: fastest.Plan) -> Callable[[], object]:
         follow(plan)
         trial = one.trial(exact)
         finish.run(Rewriter(trial), one.ctx)
         trial.remove_dead()
-        return measure(trial)
+        return build(trial)
 
     variants = ["int8", *([half] if native else []), "float"]
-    plan = fastest.choose(names, variants, milliseconds, _alike(exact, names))
+    plan = fastest.choose(names, variants, finished, _alike(exact, names))
     follow(plan)
     one.reasons |= {
         name: f"the model is faster with it in {variant}, as measured on this engine"

@@ -48,7 +48,12 @@ class Trials(Generic[Rank]):
         Raises:
             PreconditionError: nothing can be measured.
         """
-        if self.ctx.latency is None:
+        trial = self._finished(ranks)
+        assert self.ctx.latency is not None
+        return self.ctx.latency(trial)
+
+    def _finished(self, ranks: Mapping[str, Rank]) -> Program:
+        if self.ctx.latency is None or self.ctx.build is None:
             raise PreconditionError(
                 f"{self.who.name} is to measure, and target {self.ctx.target} cannot run here, or no engine is chosen "
                 "yet as in fxopt.prepare: give ratio, params or macs"
@@ -57,7 +62,7 @@ class Trials(Generic[Rank]):
         for name in _LATER:
             registry.find_pass(name)().run(Rewriter(trial), self.ctx)
             trial.remove_dead()
-        return self.ctx.latency(trial)
+        return trial
 
     def outputs(self, thin: Program) -> list[quality.OutputQuality]:
         """The outputs of *thin* against the dense model, on calibration data that is kept back.
@@ -85,10 +90,12 @@ class Trials(Generic[Rank]):
     def faster(self, rewriter: Rewriter, ranks: Mapping[str, Rank]) -> dict[str, Rank]:
         """Those of *ranks* with which the model is fastest; a reason is left at the others."""
 
-        def milliseconds(plan: fastest.Plan) -> float:
-            return self.latency({name: rank for name, rank in ranks.items() if plan[name] == "factors"})
+        def built(plan: fastest.Plan) -> fastest.Call:
+            trial = self._finished({name: rank for name, rank in ranks.items() if plan[name] == "factors"})
+            assert self.ctx.build is not None
+            return self.ctx.build(trial)
 
-        plan = fastest.choose(list(ranks), ("factors", "whole"), milliseconds)
+        plan = fastest.choose(list(ranks), ("factors", "whole"), built)
         dense = [name for name, variant in plan.items() if variant == "whole"]
         for name in dense:
             for user in next(n for n in rewriter.nodes() if n.op == "get_attr" and str(n.target) == name).users:
