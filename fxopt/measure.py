@@ -27,12 +27,14 @@ def race(first: Callable[[], object], second: Callable[[], object], *, budget_s:
     """How long *second* takes, in times of *first*: both in turn, so that a machine that slows down slows both.
 
     The median over rounds, at least 3 and at most 20 within *budget_s* seconds, each of which compares the fastest of
-    a few calls.
+    a few calls. It ends early where *second* was clearly slower each time.
     """
     start = time.perf_counter()
     ratios: list[float] = []
     while len(ratios) < 3 or (len(ratios) < 20 and time.perf_counter() - start < budget_s):
         ratios.append(_fastest(second) / _fastest(first))
+        if len(ratios) == 4 and min(ratios) > 1.03:
+            break
     return statistics.median(ratios)
 
 
