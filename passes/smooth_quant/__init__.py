@@ -37,6 +37,7 @@ from fxopt.rewriter import Rewriter
 
 aten = torch.ops.aten
 _FEWEST_ROWS = 16  # of a value, before anything is made of its extremes
+_ENOUGH_SAMPLES = 256  # to know which channels stand out; ranges are taken from all data, later
 _ALPHAS = [step / 10 for step in range(11)]
 _COST_DB = 8.0  # by how much more a multiplication of its own must lower the noise
 _STAY_INTEGER = ("shape", "permute", "select", "getitem", "copy", "cat", "pool", "reduce", "activation", "add", "mul")
@@ -178,7 +179,7 @@ def _groups(reader: fx.Node) -> int:
 def _profiles(
     rewriter: Rewriter, batches: Iterable[Sequence[Any]], found: dict[fx.Node, _Readers]
 ) -> dict[fx.Node, Profile]:
-    """What each channel of the values does in all batches.
+    """What each channel of the values does, in all batches or enough of them.
 
     Raises:
         InputError: a value is NaN or infinite.
@@ -192,8 +193,12 @@ def _profiles(
                 what = "an input" if node.op == "placeholder" else f"{node.name} ({source_line(node)})"
                 raise InputError(f"calibration: {what} is not finite")
 
+    samples = 0
     for batch in batches:
         evaluate(rewriter.program, batch, observe=look)
+        samples += next((len(x) for x in batch if isinstance(x, torch.Tensor) and x.dim()), 1)
+        if samples >= _ENOUGH_SAMPLES:
+            break
     return profiles
 
 
