@@ -17,7 +17,7 @@ from torch import fx
 from fxopt import ops, quantized, registry
 from fxopt.errors import VerifyError
 from fxopt.passbase import PassContext
-from fxopt.passes.insert_fake_quant import calibrate, embeddings, insert, pictures, quality
+from fxopt.passes.insert_fake_quant import calibrate, embeddings, insert, pictures, quality, weights
 from fxopt.passes.insert_fake_quant.insert import Range
 from fxopt.passes.insert_fake_quant.latency import choose_by_latency
 from fxopt.passes.insert_fake_quant.placement import Placement, place
@@ -95,6 +95,10 @@ class Quantization:
             else:
                 self.reasons[node.name] = reason
 
+        for node in self.rewriter.nodes():
+            if weights.is_by_hand(self.rewriter, node):
+                self.reasons[node.name] = "its weight is no linear's or conv's: engines have no int8 kernel for it"
+
         self._say_what_is_off(already=any(quantized.is_dequantize(ops.arguments(unit)["weight"]) for unit in units))
 
     def _say_what_is_off(self, *, already: bool) -> None:
@@ -114,7 +118,7 @@ class Quantization:
 
     def _mode(self, unit: fx.Node) -> str:
         """What the user wants for *unit*."""
-        mode, weight = self.options.activations, _weight_name(unit)
+        mode, weight = self.options.activations, weights.name(unit)
         names = (unit.name, weight, quality.module_path(weight), ops.kind(unit))
         for text in self.options.overrides:
             pattern, _, other = text.rpartition("=")
@@ -265,7 +269,7 @@ class Quantization:
             seen = shown[name].input if given and name in shown else None
             low, high = (given.low, given.high) if given else (None, None)
             clipped, decibels = seen.clipped if seen else None, snr.snr_db if snr else None
-            what = (ops.kind(node), _weight_name(node), label)
+            what = (ops.kind(node), weights.name(node), label)
             numbers = (decibels, low, high, clipped)
             layers.append(quality.LayerQuality(name, *what, *numbers, reason, source_line(node)))
             if reason:
@@ -292,8 +296,3 @@ class Quantization:
 
 def _is_integer(node: fx.Node) -> bool:
     return not node.meta["val"].is_floating_point()
-
-
-def _weight_name(unit: fx.Node) -> str:
-    weight = ops.arguments(unit)["weight"]
-    return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""

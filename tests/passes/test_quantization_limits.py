@@ -303,3 +303,24 @@ def test_outputs_that_are_zero_are_compared_all_the_same() -> None:
     result = fxopt.compile(model, example_inputs=data[0], passes="insert-fake-quant", calibration=data, backend="torch")
     [output] = result.report.quantization.outputs
     assert output.cosine == 1
+
+
+class ByHand(nn.Module):
+    """Weights that no linear holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 64, 32) / 8)
+        self.up = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.einsum("bi,eio->beo", self.up(x), self.experts)
+
+
+def test_weights_that_are_no_linears_have_a_row_and_a_reason() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(64, 64),) for _ in range(4)]
+    result = fxopt.compile(ByHand().eval(), example_inputs=data[0], passes="insert-fake-quant", calibration=data)
+    rows = {layer.weight: layer for layer in result.report.quantization.layers}
+    assert rows["experts"].mode == "float"
+    assert "no int8 kernel" in rows["experts"].reason
