@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 
 from fxopt import cost, progress
 from fxopt.errors import SpecError
-from fxopt.passbase import Pass, PassContext
+from fxopt.passbase import CLEANING, Pass, PassContext
 from fxopt.passes.low_rank_conv import convs
 from fxopt.passes.low_rank_conv.convs import Conv
 from fxopt.passes.low_rank_conv.decomposition import Ranks, for_energy, for_vbmf
@@ -77,9 +77,7 @@ class LowRankConv(Pass):
     name: ClassVar[str] = "low-rank-conv"
     exact: ClassVar[bool] = False
     runs_after: ClassVar[tuple[str, ...]] = (
-        "canonicalize",
-        "common-subexpressions",
-        "fold-constants",
+        *CLEANING,
         "prune-blocks",
         "prune-channels",
     )

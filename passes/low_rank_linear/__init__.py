@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 from fxopt import cost, progress
 from fxopt.errors import SpecError
-from fxopt.passbase import Pass, PassContext
+from fxopt.passbase import CLEANING, Pass, PassContext
 from fxopt.passes.low_rank_linear import choice, surgery, trial
 from fxopt.passes.low_rank_linear import layers as linears
 from fxopt.passes.low_rank_linear import ranks as rules
@@ -67,9 +67,7 @@ class LowRankLinear(Pass):
     name: ClassVar[str] = "low-rank-linear"
     exact: ClassVar[bool] = False
     runs_after: ClassVar[tuple[str, ...]] = (
-        "canonicalize",
-        "common-subexpressions",
-        "fold-constants",
+        *CLEANING,
         "prune-blocks",
         "prune-channels",
     )

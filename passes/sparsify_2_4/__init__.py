@@ -22,7 +22,7 @@ import torch
 
 from fxopt import masks, progress, verify
 from fxopt.errors import SpecError
-from fxopt.passbase import Pass, PassContext
+from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
 from fxopt.passes.prune_channels.groups import find_groups
@@ -57,23 +57,14 @@ class SparsifyNM(Pass):
     name: ClassVar[str] = "sparsify-2-4"
     exact: ClassVar[bool] = False
     runs_after: ClassVar[tuple[str, ...]] = (
-        "canonicalize",
-        "common-subexpressions",
-        "fold-constants",
+        *CLEANING,
         "prune-blocks",
         "prune-channels",
         "prune-weights",
         "low-rank-linear",
         "low-rank-conv",
     )
-    runs_before: ClassVar[tuple[str, ...]] = (
-        "fuse-conv-bn-relu",
-        "merge-linears",
-        "cross-layer-equalization",
-        "smooth-quant",
-        "insert-fake-quant",
-        "cast-precision",
-    )
+    runs_before: ClassVar[tuple[str, ...]] = FINISHING
     n: int = 2
     m: int = 4
     method: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
