@@ -8,6 +8,7 @@ Those that compute in int8 (``INT8``) are calibrated with the same random data.
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import tempfile
 import time
@@ -28,6 +29,7 @@ from tools import calibration, quantizers
 Call = Callable[[], Any]
 BF16 = "cast-precision{dtype=bf16}"
 QUANTIZED = "insert-fake-quant"
+BY_LATENCY = "insert-fake-quant{objective=latency}"
 BATCHES = 8
 """Calibration batches of the int8 contestants."""
 
@@ -141,7 +143,7 @@ def with_fxopt(subject: Subject, *, backend: str, passes: str | None = None, **o
         subject.model,
         example_inputs=subject.inputs,
         passes=passes,
-        calibration=subject.calibration if passes == QUANTIZED else None,
+        calibration=subject.calibration if passes in (QUANTIZED, BY_LATENCY) else None,
         backend=backend,
         backend_options=options or None,
     )
@@ -174,7 +176,12 @@ INT8: dict[str, Callable[[Subject], Call]] = {
     "fxopt openvino int8": lambda s: with_fxopt(s, backend="openvino", passes=QUANTIZED),
     "fxopt auto int8": lambda s: with_fxopt(s, backend="auto", passes=QUANTIZED),
 }
-ALL = {**CONTESTANTS, **INT8}
+CHOSEN: dict[str, Callable[[Subject], Call]] = {
+    f"fxopt {backend} by latency": functools.partial(with_fxopt, backend=backend, passes=BY_LATENCY)
+    for backend in ("torch", "onnx", "openvino")
+}
+"""They measure while they build, a minute or two each, and run only where they are named."""
+ALL = {**CONTESTANTS, **INT8, **CHOSEN}
 
 PEERS: dict[str, tuple[str, ...]] = {
     "fxopt torch": ("inductor",),
@@ -186,6 +193,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "fxopt torch int8": ("torchao inductor int8", "onnxruntime int8", "onnxruntime int8 dynamic"),
     "fxopt onnx int8": ("onnxruntime int8", "onnxruntime int8 dynamic"),
     "fxopt openvino int8": ("nncf openvino int8",),
+    **{name: (name.replace("by latency", "int8"),) for name in CHOSEN},
     "fxopt auto int8": ("nncf openvino int8", "onnxruntime int8", "onnxruntime int8 dynamic", "torchao inductor int8"),
 }
 """What each fxopt contestant is held against: the fastest of these, in the same run."""
