@@ -20,5 +20,6 @@ def name(node: fx.Node) -> str:
 
 def is_by_hand(rewriter: Rewriter, node: fx.Node) -> bool:
     """Whether *node* reads a weight without being a linear or conv: a matmul by hand, the experts of a mixture."""
-    held = [rewriter.tensor(n) for n in node.all_input_nodes] if ops.kind(node) in _BY_HAND else []
+    by_hand = ops.kind(node) in _BY_HAND and ops.namespace(node) != "quantized_decomposed"
+    held = [rewriter.tensor(n) for n in node.all_input_nodes] if by_hand else []
     return any(t is not None and t.dim() > 1 and t.is_floating_point() for t in held)

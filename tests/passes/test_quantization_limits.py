@@ -324,3 +324,4 @@ def test_weights_that_are_no_linears_have_a_row_and_a_reason() -> None:
     rows = {layer.weight: layer for layer in result.report.quantization.layers}
     assert rows["experts"].mode == "float"
     assert "no int8 kernel" in rows["experts"].reason
+    assert len(result.report.quantization.layers) == 2  # the linear's quantized weight is none of these
