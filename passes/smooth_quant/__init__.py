@@ -147,7 +147,7 @@ def _readers(rewriter: Rewriter) -> dict[fx.Node, _Readers]:
         if kind not in ("linear", "conv") or node.meta["val"].dtype is not torch.float32:
             continue
         x, weight = node.all_input_nodes[0], rewriter.tensor(ops.arguments(node)["weight"])
-        if weight is None or x.op == "get_attr" or list(node.args).count(x) > 1:
+        if weight is None or weight.dim() < 2 or x.op == "get_attr" or list(node.args).count(x) > 1:
             continue
         if str(ops.arguments(node)["weight"].target).endswith(_SUFFIX):
             continue

@@ -39,7 +39,18 @@ def sinks(rewriter: Rewriter, value: fx.Node, users: set[fx.Node], axis: int) ->
     """Ops that can multiply *value*, which *users* alone may read, by a factor for each channel of *axis*; or None."""
     shape = [1] * value.meta["val"].dim()
     shape[axis] = -1
-    return _find(rewriter, value, torch.arange(value.meta["val"].shape[axis]).reshape(shape), users)
+    found = _find(rewriter, value, torch.arange(value.meta["val"].shape[axis]).reshape(shape), users)
+    return found and _merged(found)
+
+
+def _merged(found: list[Sink]) -> list[Sink]:
+    """Each node once: pieces of one split may have led to it by several paths, which share no entry."""
+    merged: dict[fx.Node, Sink] = {}
+    for sink in found:
+        known = merged.get(sink.node)
+        index = sink.index if known is None else sink.index.where(known.index < 0, known.index)
+        merged[sink.node] = Sink(sink.node, index)
+    return list(merged.values())
 
 
 def scale(rewriter: Rewriter, sink: Sink, factor: torch.Tensor) -> None:
@@ -145,7 +156,8 @@ def _back(node: fx.Node, index: torch.Tensor) -> _Paths:
     if len(node.all_input_nodes) != 1:
         return []
     if kind == "pool" or packet.startswith("upsample"):
-        return [(source, index)] if max(index.shape[2:], default=1) == 1 else []
+        places = index.shape[-int(packet[-2]) :]  # max_pool1d, upsample_nearest2d
+        return [(source, index)] if max(places) == 1 else []
     if kind in _SAME or (activation is not None and activation[0] in _HOMOGENEOUS):
         return [(source, index)]
     if kind == "permute":
@@ -156,7 +168,8 @@ def _back(node: fx.Node, index: torch.Tensor) -> _Paths:
         return _piece(node, source, index)
     if packet in ("mean", "sum"):
         return [(source, _unreduced(node, source, index))]
-    return [(source, index)] if packet in ("div", "neg") and node.args[0] is source else []
+    exact = packet in ("div", "neg") and ops.arguments(node).get("rounding_mode") is None
+    return [(source, index)] if exact and node.args[0] is source else []
 
 
 def _splits(node: fx.Node) -> bool:
