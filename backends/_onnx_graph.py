@@ -102,6 +102,8 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
     """Rewrite one graph; returns the nodes that have no translation."""
     rewriter, refused = Rewriter(program), list[fx.Node]()
     for node in rewriter.nodes():
+        if ops.packet(node) == "conv3d" and ops.arguments(node)["bias"] is None:
+            _without_bias(rewriter, node)
         if ops.kind(node) == "assert":
             program.graph.erase_node(node)
         elif ops.is_fused(node):
@@ -122,6 +124,13 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
     _onnx_quantized_ops.fuse_dynamic(program)
     program.remove_dead()
     return [node for node in program.graph.nodes if node in refused or not is_translated(node, registry)]
+
+
+def _without_bias(rewriter: Rewriter, node: fx.Node) -> None:
+    """Zeros as bias of a conv3d that has none: the exporter's own are of a wrong shape."""
+    weight = ops.arguments(node)["weight"].meta["val"]
+    zeros = rewriter.constant(f"{node.name}_bias", torch.zeros(weight.shape[0], dtype=weight.dtype))
+    node.args = (*node.args[:2], zeros, *node.args[3:])
 
 
 def _unfused(rewriter: Rewriter, node: fx.Node) -> fx.Node:

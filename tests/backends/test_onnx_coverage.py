@@ -36,6 +36,8 @@ MODULES: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.LSTMCell(4, 5), (2, 4)),
     (lambda: nn.GRUCell(4, 5), (2, 4)),
     (lambda: nn.RNNCell(4, 5), (2, 4)),
+    (lambda: nn.Conv3d(2, 3, 2, bias=False), (1, 2, 4, 4, 4)),
+    (lambda: nn.Sequential(nn.Conv3d(2, 3, 2, bias=False), nn.ReLU()), (1, 2, 4, 4, 4)),
 ]
 
 
