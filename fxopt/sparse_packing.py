@@ -116,25 +116,35 @@ def _packed_bytes(weight: torch.Tensor, pattern: Pattern) -> int:
 
 
 def save(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Write dense *tensors*, such as ``compiled.graph.state_dict()``; those with N:M sparsity packed.
+    """Write dense *tensors*, such as ``compiled.graph.state_dict()``; those with N:M sparsity packed, tied ones once.
 
     Raises:
-        ArtifactError: a tensor is not dense.
+        ArtifactError: one is no dense tensor, or the file cannot be written.
     """
-    parts = dict[str, dict[str, Any]]()
+    parts, made = dict[str, dict[str, Any]](), dict[Any, dict[str, Any]]()
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided:
-            raise ArtifactError(f"{name!r} is a {tensor.layout} tensor, and only dense ones can be packed")
-        packed = smallest(tensor)
-        if packed is None:
-            parts[name] = {"dense": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)}
-        else:
-            shape, pattern = list(packed.shape), [packed.pattern.n, packed.pattern.m]
-            parts[name] = {"values": packed.values.clone(), "places": packed.places, "shape": shape, "pattern": pattern}
-            parts[name] |= {} if packed.negative is None else {"negative": packed.negative}
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            what = f"{tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ArtifactError(f"{name!r} is a {what}, and only dense tensors can be packed")
+        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        parts[name] = made[same] if same in made else made.setdefault(same, _part(tensor))
     partial = Path(path).with_name(f"{Path(path).name}.partial")
-    torch.save({"format": _FORMAT, "tensors": parts}, partial)
-    partial.replace(path)
+    try:
+        torch.save({"format": _FORMAT, "tensors": parts}, partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(f"{path} cannot be written: {error}") from error
+
+
+def _part(tensor: torch.Tensor) -> dict[str, Any]:
+    """What of *tensor* is in the file."""
+    packed = smallest(tensor)
+    if packed is None:
+        return {"dense": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)}
+    shape, pattern = list(packed.shape), [packed.pattern.n, packed.pattern.m]
+    signs = {} if packed.negative is None else {"negative": packed.negative}
+    return {"values": packed.values.clone(), "places": packed.places, "shape": shape, "pattern": pattern, **signs}
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

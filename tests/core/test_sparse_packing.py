@@ -112,6 +112,27 @@ def test_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
         sparse_packing.save({"graph": torch.eye(3).to_sparse()}, tmp_path / "t")
 
 
+def test_what_is_no_tensor_and_a_file_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="'step' is a int"):
+        sparse_packing.save({"step": 1}, tmp_path / "t")  # type: ignore[dict-item]
+    for path in (tmp_path / "none" / "t", tmp_path):
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            sparse_packing.save({"w": torch.ones(2)}, path)
+    assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tied_tensors_are_in_the_file_once(packed: bool, tmp_path: Path) -> None:
+    weight = sparse((128, 64), Pattern(), torch.float32) if packed else torch.randn(128, 64)
+    sparse_packing.save({"one": weight}, tmp_path / "one")
+    sparse_packing.save({"one": weight, "tied": weight, "view": weight.T}, tmp_path / "three")
+    found = sparse_packing.load(tmp_path / "three")
+    assert torch.equal(found["tied"], weight)
+    assert torch.equal(found["view"], weight.T)
+    sparse_packing.save({"one": weight, "tied": weight}, tmp_path / "two")
+    assert (tmp_path / "two").stat().st_size < (tmp_path / "one").stat().st_size + 1024
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="there is no file"):
         sparse_packing.load(tmp_path / "none")
