@@ -12,6 +12,7 @@ left alone: each of their groups is a small matrix, with little rank to lose.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -112,8 +113,10 @@ class LowRankConv(Pass):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise SpecError(f"low-rank-conv: {name} is a share, above 0 and at most 1, not {value}")
-        if (isinstance(self.rank, int) and self.rank < 1) or (self.latency_ms is not None and self.latency_ms <= 0):
-            raise SpecError("low-rank-conv: rank and latency_ms must be above 0")
+        if isinstance(self.rank, int) and self.rank < 1:
+            raise SpecError(f"low-rank-conv: rank must be above 0, not {self.rank}")
+        if self.latency_ms is not None and not 0 < self.latency_ms < math.inf:
+            raise SpecError(f"low-rank-conv: latency_ms must be above 0, and finite, not {self.latency_ms}")
         self.require_at_least(1, "smallest", *(["multiple"] if self.multiple is not None else []))
 
     @property

@@ -15,6 +15,7 @@ engine that it is compiled for. Two thin matmuls can be slower than one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -107,8 +108,8 @@ class LowRankLinear(Pass):
             if value is not None and not 0 < value <= 1:
                 raise SpecError(f"low-rank-linear: {name} is a share, above 0 and at most 1, not {value}")
         for name in ("rank", "latency_ms", "damping"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise SpecError(f"low-rank-linear: {name} must be above 0, not {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise SpecError(f"low-rank-linear: {name} must be above 0, and finite, not {getattr(self, name)}")
         if self.scope == "global" and trial.one_rule(self, choice.RULES) not in (None, "ratio"):
             raise SpecError("low-rank-linear: scope=global goes with ratio; budgets are global as they are")
         self.require_at_least(1, "smallest", "samples", *(["multiple"] if self.multiple is not None else []))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -55,7 +56,7 @@ def override(text: str, who: str) -> tuple[str, float]:
         value = float(number)
     except ValueError:
         value = -1.0
-    if not found or value <= 0 or (value >= 1 and value != int(value)):
+    if not found or not 0 < value < math.inf or (value >= 1 and value != int(value)):
         raise SpecError(f"{who}: overrides: {text!r} must read pattern=rank, or pattern=ratio with a ratio below 1")
     return pattern, value
 

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fxopt import masks, progress, verify
-from fxopt.errors import SpecError
+from fxopt.errors import InputError, SpecError
 from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
@@ -80,10 +80,10 @@ class SparsifyNM(Pass):
         self.require_at_least(1, "n", "block", "samples")
         if not self.n < self.m <= _MOST:
             raise SpecError(f"sparsify-2-4: m must be above n = {self.n} and at most {_MOST}, not {self.m}")
-        if self.damping <= 0:
-            raise SpecError(f"sparsify-2-4: damping must be above 0, not {self.damping}")
-        if self.decay < 0:
-            raise SpecError(f"sparsify-2-4: decay must be at least 0, not {self.decay}")
+        if not 0 < self.damping < math.inf:
+            raise SpecError(f"sparsify-2-4: damping must be above 0, and finite, not {self.damping}")
+        if not 0 <= self.decay < math.inf:
+            raise SpecError(f"sparsify-2-4: decay must be at least 0, and finite, not {self.decay}")
         if self.straight_through and self.method != "magnitude":
             raise SpecError("sparsify-2-4: straight_through chooses by magnitude in each step: leave method out")
 
@@ -97,6 +97,7 @@ class SparsifyNM(Pass):
 
         Raises:
             PreconditionError: there is no calibration data, and *method* looks at it.
+            InputError: what a layer reads on it is NaN or infinite.
             VerifyError: the model computes something else with its channels in another order.
         """
         found = candidates.find(rewriter, self.name, self.pattern, self.keep, one_reader=self.method != "magnitude")
@@ -155,6 +156,8 @@ class SparsifyNM(Pass):
         return found
 
     def _by_data(self, rewriter: Rewriter, layer: Layer) -> torch.Tensor:
+        if not all(bool(x.isfinite().all()) for x in (*layer.exact, *layer.noisy)):
+            raise InputError(f"calibration: what {layer.node.name} reads is not finite")
         if self.method == "sparsegpt":
             weight = criteria.sparsegpt(layer, self.pattern, self.damping, self.block)
             if weight is not None:

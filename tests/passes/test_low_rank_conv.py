@@ -262,7 +262,8 @@ def test_outputs_and_overrides_decide() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", ["rank=0", "rank=x", "rank=3,ratio=0.2", "energy=2", "overrides=['y']", "latency_ms=-1"]
+    "options",
+    ["rank=0", "rank=x", "rank=3,ratio=0.2", "energy=2", "overrides=['y']", "latency_ms=-1", "latency_ms=nan"],
 )
 def test_options_that_make_no_sense_are_refused(options: str) -> None:
     with pytest.raises(SpecError, match="low-rank-conv"):

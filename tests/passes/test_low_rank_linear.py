@@ -384,7 +384,8 @@ def _layer(module: nn.Linear) -> layers.Layer:
     "options",
     [
         "rank=4,ratio=0.5", "ratio=0", "ratio=1.5", "rank=0", "damping=0", "overrides=['x']", "overrides=['x=1.5']",
-        "scope=global,rank=4", "latency_ms=0", "smallest=0",
+        "scope=global,rank=4", "latency_ms=0", "latency_ms=nan", "damping=nan,method=whitened", "damping=inf",
+        "overrides=['x=nan']", "overrides=['x=inf']", "smallest=0",
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options: str) -> None:

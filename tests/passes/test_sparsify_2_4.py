@@ -13,7 +13,7 @@ from torch import nn
 
 import fxopt
 from fxopt import masks, registry
-from fxopt.errors import PreconditionError, SpecError
+from fxopt.errors import InputError, PreconditionError, SpecError
 from fxopt.passes.sparsify_2_4 import SparsifyNM
 from fxopt.sparsity import N_OF_M, Pattern, like, matrix
 from fxopt.testing import Checked, check_pass
@@ -248,7 +248,9 @@ def test_a_pattern_of_keep_that_fits_nothing_is_told_once() -> None:
         ("n=4", "m must be above n = 4"),
         ("m=2000", "at most 256"),
         ("damping=0", "damping must be above 0"),
+        ("damping=nan", "damping must be above 0"),
         ("decay=-1", "decay must be at least 0"),
+        ("decay=inf", "decay must be at least 0"),
         ("block=0", "block must be at least 1"),
         ("method=best", "method"),
         ("straight_through=true,method=wanda", "chooses by magnitude in each step"),
@@ -263,6 +265,18 @@ def test_options_that_make_no_sense(options: str, message: str) -> None:
 def test_missing_data(method: str) -> None:
     with pytest.raises(PreconditionError, match="sparsify-2-4 looks at data: pass calibration="):
         fxopt.compile(small(), example_inputs=(X,), passes=f"sparsify-2-4{{method={method}}}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_data_that_is_not_finite(method: str, value: float) -> None:
+    with pytest.raises(InputError, match=r"calibration: what .* reads is not finite"):
+        fxopt.compile(
+            small(),
+            example_inputs=(X,),
+            passes=f"sparsify-2-4{{method={method}}}",
+            calibration=[(X,), (X * value,)] * 8,
+        )
 
 
 def test_order() -> None:
