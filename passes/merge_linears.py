@@ -4,7 +4,8 @@
                                                        q = y[..., :n]; k = y[..., n:]
 
 Row by row the arithmetic is the same. It pays because x is read once and one call replaces several; a linear that
-already carries an activation or residual keeps it and stays alone.
+already carries an activation or residual keeps it and stays alone. Weights with N:M sparsity are merged among
+themselves: beside others they could not be stored packed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import fx
 from fxopt import ops
 from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter
+from fxopt.sparse_packing import PATTERNS
+from fxopt.sparsity import Pattern
 
 aten = torch.ops.aten
 
@@ -46,15 +49,21 @@ class MergeLinears(Pass):
                 self._merge(sorted(users), rewriter)
 
     def _merge(self, users: list[fx.Node], rewriter: Rewriter) -> None:
-        group = []
+        groups: dict[tuple[Pattern, ...], list[fx.Node]] = {}
         for user in users:
             reason = _refuse(user, rewriter)
             if reason is None:
-                group.append(user)
+                groups.setdefault(_patterns(_weight(user, rewriter)), []).append(user)
             else:
                 rewriter.skip(user, reason)
-        if len(group) < 2:
-            return
+        for group in groups.values():
+            if len(group) > 1:
+                self._merge_alike(group, rewriter)
+            elif len(groups) > 1:
+                rewriter.skip(group[0], "its weight and the others over this input are not all N:M sparse alike")
+
+    def _merge_alike(self, group: list[fx.Node], rewriter: Rewriter) -> None:
+        """Merge the linears of *group*, all of which can be."""
         weights = [_weight(u, rewriter) for u in group]
         if sum(w.numel() for w in weights) > self.limit:
             rewriter.skip(group[0], f"a merged weight would have over {self.limit:,} elements")
@@ -75,6 +84,11 @@ class MergeLinears(Pass):
         parts = [rewriter.call(aten.slice.Tensor, cut, before=group[0], origin=user) for cut, user in slices]
         for user, part in zip(group, parts, strict=True):
             rewriter.replace(user, part)
+
+
+def _patterns(weight: torch.Tensor) -> tuple[Pattern, ...]:
+    """What N:M sparsity *weight* can be packed by."""
+    return tuple(pattern for pattern in PATTERNS if pattern.holds(weight))
 
 
 def _weight(node: fx.Node, rewriter: Rewriter) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxopt import testing
 from fxopt.passes.merge_linears import MergeLinears
+from fxopt.sparsity import Pattern
 from tests.passes.models import Model
 
 BEFORE = ("canonicalize", "fuse-conv-bn-relu")
@@ -121,6 +122,18 @@ def test_a_weight_that_the_model_changes_stays() -> None:
 
     checked = check(Model(forward, w=torch.randn(3, 8), a=nn.Linear(8, 3)), torch.randn(4, 8))
     assert checked.ops().count("aten.linear") == 2
+
+
+def test_n_of_m_sparse_weights_merge_among_themselves() -> None:
+    model = Model(attention, **layers(True, True, True))
+    with torch.no_grad():
+        for name in ("query.weight", "key.weight"):
+            model.get_parameter(name)[:, ::2] = 0
+    checked = check(model, torch.randn(2, 5, 8))
+    weights = [t for t in checked.program.tensors().values() if t.dim() == 2]
+    assert sorted(tuple(w.shape) for w in weights) == [(6, 8), (12, 8)]
+    assert any(Pattern().holds(w) for w in weights)
+    assert "not all N:M sparse alike" in checked.reasons()
 
 
 def test_large_weights_are_not_copied() -> None:
