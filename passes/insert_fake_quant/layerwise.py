@@ -157,7 +157,8 @@ class Walk:
         once = all(n in self.fixed for n in inputs) and ops.is_pure(node)
         if once:
             self.fixed.add(node)
-        if quantized.is_quantize(node) or quantized.is_dequantize(node):
+        through = quantized.is_dequantize(node) and self.exact[inputs[0]][0].is_floating_point()
+        if quantized.is_quantize(node) or through:  # a dequantize of stored integers computes
             self.exact[node] = self.exact[inputs[0]]
             self.noisy[node] = _values(node, self.noisy, count, once)
             return

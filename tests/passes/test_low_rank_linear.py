@@ -545,6 +545,30 @@ def test_remainders_run(backend: str, remainder: str) -> None:
     assert torch.cosine_similarity(compiled(x).flatten(), model(x).flatten(), 0) > 0.97
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_sparsity_by_data_beside_a_remainder_in_int8(method: str) -> None:
+    model, x = mlp(), torch.randn(64, 64)
+    before = check_pass("low-rank-linear{remainder=int8}", model, (x,)).program
+    after = fxopt.compile(
+        model,
+        example_inputs=(x,),
+        passes=f"low-rank-linear{{remainder=int8}},sparsify-2-4{{method={method}}}",
+        calibration=[(torch.randn(64, 64),) for _ in range(8)],
+        backend="torch",
+    ).graph
+    assert torch.cosine_similarity(after(x)[0].flatten(), model(x).flatten(), 0) > 0.8
+    for name, value in before.constants.items():
+        if name.endswith("remainder"):
+            assert torch.equal(after.get_buffer(name), value)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_remainder_of_two_of_four_makes_the_compiled_model_smaller(backend: str) -> None:
+    spec, x = "low-rank-linear{ratio=0.3,remainder='2:4'}", torch.randn(8, 64)
+    report = fxopt.compile(mlp(), example_inputs=(x,), passes=spec, backend=backend).report
+    assert report.packed_bytes < report.bytes[0]
+
+
 # Trained, pruned, quantized.
 
 
