@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 
-from fxopt import masks, progress, verify
+from fxopt import masks, progress, sparse_packing, verify
 from fxopt.errors import InputError, SpecError
 from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
@@ -118,7 +119,7 @@ class SparsifyNM(Pass):
             rewriter.details["patterns"] = {one.name: self.pattern for one in found}
         rewriter.details["sparsity"] = {name: float((value == 0).float().mean()) for name, value in new.items()}
         if new:
-            self._say(rewriter, ctx, before, len(new), (magnitude, permuted))
+            self._say(rewriter, ctx, before, new, (magnitude, permuted))
 
     def _permute(self, rewriter: Rewriter, ctx: PassContext, done: list[Candidate], left: list[Candidate]) -> None:
         progress.say(f"{self.name}: order of channels")
@@ -175,10 +176,15 @@ class SparsifyNM(Pass):
                 masks.hold(rewriter, one.weight, one.mask, kept)
 
     def _say(
-        self, rewriter: Rewriter, ctx: PassContext, before: Program, count: int, magnitude: tuple[float, float]
+        self,
+        rewriter: Rewriter,
+        ctx: PassContext,
+        before: Program,
+        new: Mapping[str, torch.Tensor],
+        magnitude: tuple[float, float],
     ) -> None:
         raised = f" ({magnitude[0]:.1%} without another order of channels)" if magnitude[1] > magnitude[0] else ""
-        rewriter.note(f"{self.pattern} in {count} layers; {magnitude[1]:.1%} of the magnitude can stay{raised}")
+        rewriter.note(f"{self.pattern} in {len(new)} layers; {magnitude[1]:.1%} of the magnitude can stay{raised}")
         if self.method != "magnitude" and not ctx.training:
             kept = calibrate.kept_back(ctx.batches(self))
             for out in quality.outputs(before, rewriter.program, kept):
@@ -186,9 +192,13 @@ class SparsifyNM(Pass):
         if self.pattern == Pattern() and ctx.target.fast_2_4:
             rewriter.note("which linears compute faster, and why others do not, is in the remarks of the backend")
             return
+        packs = any(map(sparse_packing.smallest, new.values()))
+        gain = (
+            "What is gained is size, where fxopt.sparse_packing saves them" if packs else "Nor are they saved in less"
+        )
         text = (
             f"no speed-up on this target: no engine for {ctx.target} computes {self.pattern} weights faster than dense "
-            "ones. What is gained is size, where fxopt.sparse_packing saves them"
+            f"ones. {gain}"
         )
         rewriter.note(text)
         if not ctx.training:

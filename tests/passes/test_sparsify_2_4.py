@@ -299,6 +299,12 @@ def test_it_says_that_nothing_gets_faster() -> None:
     assert 0.5 < model.report.packed_bytes / model.report.bytes[1] < 0.65
 
 
+def test_it_says_that_nothing_gets_smaller_where_nothing_does() -> None:
+    with pytest.warns(UserWarning, match="computes 15:16 weights faster than dense ones. Nor are they saved in less"):
+        model = fxopt.compile(small(), example_inputs=(X,), passes="sparsify-2-4{n=15,m=16}")
+    assert model.report.packed_bytes == model.report.bytes[1]
+
+
 @pytest.mark.parametrize("target", ["x86", "arm"])
 def test_it_is_in_no_default_pipeline(target: str) -> None:
     model = fxopt.compile(small(), target=target, example_inputs=(X,))
