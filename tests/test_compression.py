@@ -56,6 +56,16 @@ def test_the_thin_ffns_are_those_that_are_asked_for() -> None:
     assert 0.47 * dense < compression.macs(thin) <= 0.5 * dense
 
 
+@pytest.mark.parametrize("arguments", [["speed"], ["accuracy", "--networks", "lenet"], ["latency", "--models", "vit"]])
+def test_what_is_not_known_is_told(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tools/compression", *arguments])
+    with pytest.raises(SystemExit):
+        compression.main()
+    assert f"no {arguments[-1]!r}; known are" in capsys.readouterr().err
+
+
 def test_spectra_fall() -> None:
     layer = compression_cost.with_decaying_spectra(nn.Linear(128, 64))
     values = torch.linalg.svdvals(layer.get_parameter("weight").detach())

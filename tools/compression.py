@@ -175,6 +175,10 @@ def main() -> None:
     other = sparse()
     for name, methods in other.METHODS.items() if other is not None else ():
         METHODS.setdefault(name, {"dense": low_rank("")}).update(methods)
+    for given, known in ((arguments.what, tables), (arguments.networks, METHODS), (arguments.models, FFNS)):
+        for name in given:
+            if name not in known:
+                parser.error(f"no {name!r}; known are {', '.join(known)}")
     for what in arguments.what:
         console = Console(record=True, width=140)
         console.print(tables[what]())
