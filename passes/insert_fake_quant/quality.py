@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from fxopt.errors import InputError
 from fxopt.execute import evaluate
 from fxopt.passes.insert_fake_quant.pictures import LayerHistogram, plot
 from fxopt.program import Program
@@ -156,22 +157,30 @@ class Noise:
 
 
 def outputs(exact: Program, noisy: Program, batches: Sequence[Sequence[Any]]) -> list[OutputQuality]:
-    """The :class:`OutputQuality` of each floating output of the model."""
+    """The :class:`OutputQuality` of each floating output of the model; what is NaN in *exact* does not count.
+
+    Raises:
+        InputError: an output of *exact* is nothing but NaN, so that there is nothing to compare.
+    """
     leaves = exact.signature.outputs
     sums = [Noise() for _ in leaves]
     same, rows = [0] * len(leaves), [0] * len(leaves)
-    seen = [False] * len(leaves)
+    seen, void = [False] * len(leaves), [True] * len(leaves)
     for batch in batches:
         pairs = zip(evaluate(exact, batch), evaluate(noisy, batch), strict=True)
         for i, (x, y) in zip(range(len(leaves)), pairs, strict=False):
             if not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 continue
             seen[i] = True
-            finite = x.isfinite()
+            number, finite = ~x.isnan(), x.isfinite()
+            void[i] = void[i] and x.numel() > 0 and not bool(number.any())
             sums[i].add(x.where(finite, 0), y.where(finite, 0))
             if x.dim() == 2 and x.shape[1] > 1:
-                same[i] += int((x.argmax(1) == y.argmax(1)).sum())
-                rows[i] += len(x)
+                same[i] += int((x.argmax(1) == y.argmax(1))[number.all(1)].sum())
+                rows[i] += int(number.all(1).sum())
+    for i, leaf in enumerate(leaves):
+        if seen[i] and void[i]:
+            raise InputError(f"calibration: output {leaf.name!r} of the model is NaN on all the data kept back")
     return [
         OutputQuality(leaf.name, noise.cosine, noise.snr_db, same[i] / rows[i] if rows[i] else None)
         for i, (leaf, noise) in enumerate(zip(leaves, sums, strict=True))

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import cost, measure
-from fxopt.errors import PassError, PreconditionError, SpecError
+from fxopt.errors import InputError, PassError, PreconditionError, SpecError
 from fxopt.passbase import PassContext
 from fxopt.passes.low_rank_linear import LayerRank, LowRankLinear, decompose, decomposition, layers
 from fxopt.passes.low_rank_linear.ranks import of_ratio
@@ -402,6 +402,13 @@ def test_budgets_that_cannot_be_reached_and_missing_data_are_errors() -> None:
             check_pass(f"low-rank-linear{{{options}}}", mlp(), x)
     with pytest.raises(PreconditionError, match="measure"):
         fxopt.prepare(mlp(), x, passes="low-rank-linear{objective=latency}")
+
+
+@pytest.mark.parametrize("options", ["cosine=0.9", "top1=0.9"])
+def test_a_budget_of_outputs_is_not_met_by_data_that_are_nan(options: str) -> None:
+    x = torch.randn(3, 64)
+    with pytest.raises(InputError, match="NaN on all the data kept back"):
+        check_pass(f"low-rank-linear{{{options}}}", mlp(), (x,), calibration=[x * float("nan")] * 8)
 
 
 def test_order_is_checked() -> None:
