@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from fxopt import cost, progress
-from fxopt.errors import SpecError
+from fxopt.errors import InputError, SpecError
 from fxopt.passbase import CLEANING, Pass, PassContext
 from fxopt.passes.low_rank_linear import choice, surgery, trial
 from fxopt.passes.low_rank_linear import layers as linears
@@ -124,6 +124,7 @@ class LowRankLinear(Pass):
 
         Raises:
             PreconditionError: a budget cannot be reached; data is missing; nothing can be measured.
+            InputError: what a layer reads on the calibration data is NaN or infinite.
         """
         again = linears.is_factorised(rewriter.program)
         joint = (
@@ -182,9 +183,11 @@ class LowRankLinear(Pass):
                 progress.say(f"{self.name}: layer {len(result) + 1} of {len(found)}")
                 read = list(dict.fromkeys(user.all_input_nodes[0] for user in layer.users))
                 own = sum((moments[node] for node in read[1:]), start=moments[read[0]]) if whitened else None
-                if own is not None and not (bool(own.isfinite().all()) and float(own.trace()) > 0):
+                if own is not None and not bool(own.isfinite().all()):
+                    raise InputError(f"calibration: what {layer.users[0].name} reads has squares that are not finite")
+                if own is not None and float(own.trace()) <= 0:
                     for user in layer.users:
-                        rewriter.skip(user, "what it reads is zero, or not finite, on the calibration data")
+                        rewriter.skip(user, "what it reads is zero on the calibration data")
                     continue
                 most = max(1, min(choice.limit(self, layer), choice.asked(self, layer) or layer.size))
                 result[layer.name] = decompose(layer.weight, most, own, self.damping)

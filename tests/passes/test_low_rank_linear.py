@@ -509,7 +509,14 @@ def test_inputs_that_are_always_zero_leave_a_layer_alone() -> None:
         "low-rank-linear{method=whitened}", model, (torch.randn(2, 64),), calibration=[torch.randn(2, 64)]
     )
     assert set(ranks(checked)) == {"own.weight"}
-    assert "zero, or not finite, on the calibration data" in checked.reasons()
+    assert "what it reads is zero on the calibration data" in checked.reasons()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_whitening_with_data_that_are_not_finite(value: float) -> None:
+    x = torch.randn(3, 64)
+    with pytest.raises(InputError, match=r"calibration: what .* reads has squares that are not finite"):
+        check_pass("low-rank-linear{method=whitened}", mlp(), (x,), calibration=[x, x * value] * 8)
 
 
 # A remainder.
