@@ -28,6 +28,7 @@ from fxopt.passes.insert_fake_quant.scheme import Scheme
 from fxopt.pattern import Match, apply
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
+from fxopt.sparsity import N_OF_M
 
 if TYPE_CHECKING:
     from fxopt.passes.insert_fake_quant import InsertFakeQuant
@@ -153,7 +154,8 @@ def _weight(
         return
     known = next((u for u in weight.users if u.target is FAKE_QUANTIZE), None)
     if known is None:
-        source, mask = masks.parts(rewriter, weight) or (weight, None)
+        chosen = weight.target is N_OF_M  # anew in each step
+        source, mask = masks.parts(rewriter, weight) or (weight.args[0] if chosen else weight, None)
         name, tensor, kept = (
             f"of_{str(source.target).replace('.', '_')}",
             rewriter.tensor(source),
@@ -161,9 +163,10 @@ def _weight(
         )
         assert tensor is not None
         tensor = tensor if kept is None else tensor * kept
+        tensor = N_OF_M(tensor, *weight.args[1:]) if chosen else tensor
         axis = 1 if ops.kind(unit) == "conv_transpose" else 0
         modules[name] = WeightFakeQuantize(scheme.weight, tensor, axis, learnable=learnable)
-        before = rewriter.first_call() if mask is None else weight.next
+        before = rewriter.first_call() if weight.op == "get_attr" else weight.next
         known = rewriter.call(FAKE_QUANTIZE, (weight, name, 0), before=before, origin=unit)
     rewriter.rewire(unit, weight, known)
 

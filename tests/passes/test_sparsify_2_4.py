@@ -442,8 +442,10 @@ def test_ada_round_keeps_zeros() -> None:
     assert sum(Pattern().holds(value) for value in integers) >= 2
 
 
-def test_int8_training_on_top_keeps_the_pattern() -> None:
-    prepared = fxopt.prepare(small(), (X,), passes="sparsify-2-4,insert-fake-quant{qat=true}", calibration=[(X,)])
+@pytest.mark.parametrize("straight_through", ["false", "true"])
+def test_int8_training_on_top_keeps_the_pattern(straight_through: str) -> None:
+    passes = f"sparsify-2-4{{straight_through={straight_through}}},insert-fake-quant{{qat=true}}"
+    prepared = fxopt.prepare(small(), (X,), passes=passes, calibration=[(X,)])
     train(prepared)
     compiled = prepared.compile(backend="torch").graph.state_dict()
     for name in ("3.weight_int8", "6.weight_int8", "8.weight_int8"):
