@@ -324,5 +324,5 @@ def test_models_with_outlier_channels_keep_their_answers(name: str) -> None:
     model, inputs = OWN[name]() if name in OWN else models.load(name)
     models.with_outliers(model, 0, *inputs)
     *data, held = more_inputs(inputs, 25)
-    cosine = similarity(model, data, [held], "torch")
+    cosine = similarity(model, data, [held], "onnx")  # torch leaves layers as small as these in float
     assert cosine >= 0.998
