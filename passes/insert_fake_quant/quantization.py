@@ -134,6 +134,8 @@ class Quantization:
             return "stays in float, as asked"
         if tensor is None:
             return "its weight is computed, not a constant"
+        if tensor.dim() < 2:
+            return "its weight is a vector: one output, which no int8 kernel gives"
         if unit.meta["val"].dtype is not torch.float32 or tensor.dtype is not torch.float32:
             return f"computes in {unit.meta['val'].dtype}; only float32 is quantized"
         if what not in self.scheme.units:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fxopt
 from tests.passes.models import Model
 from tests.passes.test_smooth_quant import IMAGE, TOKENS, WIDTH, conv, layer, lin, norm, out, smooth
 
@@ -68,3 +69,14 @@ def test_an_image_without_a_batch_is_pooled_in_its_last_axes() -> None:
     names = smooth(model, torch.randn(IMAGE[1:])).program.constants
     assert [name for name in names if "smoothed" in name]
     assert not [name for name in names if "smoothing" in name]
+
+
+def test_a_weight_of_one_output_stays_in_float() -> None:
+    torch.manual_seed(0)
+    model, shape = LIMITS["weight of one output"]()
+    x = torch.randn(shape)
+    compiled = fxopt.compile(
+        model.eval(), example_inputs=x, passes="insert-fake-quant", calibration=[x], backend="onnx"
+    )
+    torch.testing.assert_close(compiled(x), model(x))
+    assert "its weight is a vector" in str(compiled.report.quantization)
