@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ _ENOUGH_SAMPLES = 256  # to know which channels stand out; ranges are taken from
 _ALPHAS = [step / 10 for step in range(11)]
 _COST_DB = 8.0  # by how much more a multiplication of its own must lower the noise
 _STAY_INTEGER = ("shape", "permute", "select", "getitem", "copy", "cat", "pool", "reduce", "activation", "add", "mul")
-_SUFFIX = "_smoothed"  # of a weight's name: it is not smoothed again
+_SMOOTHED = re.compile(r"_smoothed(_\d+)?$")  # of a weight's name: it is not smoothed again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,8 @@ class SmoothQuant(Pass):
             sinks = absorb.sinks(rewriter, value, set(readers.nodes), readers.axis)
             if sinks is None and value in images:
                 continue  # what convolutions give stays integer: a multiplication would cost more than it saves
-            if sinks is not None or gain >= self.gain + _COST_DB:
+            free = sinks is not None and not _shares(readers)
+            if free or gain >= self.gain + _COST_DB:
                 _smooth(rewriter, value, readers, scale, sinks)
 
     def _scale(self, seen: Profile, weights: list[Weight]) -> tuple[torch.Tensor, float]:
@@ -107,12 +109,15 @@ class SmoothQuant(Pass):
 def _smooth(
     rewriter: Rewriter, value: fx.Node, readers: _Readers, scale: torch.Tensor, sinks: list[Sink] | None
 ) -> None:
+    smoothed: dict[fx.Node, fx.Node] = {}  # of a weight that several read
     for node in readers.nodes:
         weight = ops.arguments(node)["weight"]
-        held = rewriter.tensor(weight)
-        assert held is not None
-        wider = (held.double() * _over_columns(node, held, scale)).to(held.dtype)
-        rewriter.rewire(node, weight, rewriter.constant(f"{weight.target}{_SUFFIX}", wider))
+        if weight not in smoothed:
+            held = rewriter.tensor(weight)
+            assert held is not None
+            wider = (held.double() * _over_columns(node, held, scale)).to(held.dtype)
+            smoothed[weight] = rewriter.constant(f"{weight.target}_smoothed", wider)
+        rewriter.rewire(node, weight, smoothed[weight])
     if sinks is not None:
         for sink in sinks:
             absorb.scale(rewriter, sink, 1 / scale)
@@ -123,6 +128,12 @@ def _smooth(
     even = rewriter.call(aten.mul.Tensor, (value, factor), before=before, origin=value)
     for node in readers.nodes:
         rewriter.rewire(node, value, even)
+
+
+def _shares(readers: _Readers) -> bool:
+    """Whether something else needs one of the weights as it is, such as an embedding: the file would hold it twice."""
+    weights = {ops.arguments(node)["weight"] for node in readers.nodes}
+    return any(set(weight.users) - set(readers.nodes) for weight in weights)
 
 
 @dataclasses.dataclass
@@ -149,7 +160,7 @@ def _readers(rewriter: Rewriter) -> dict[fx.Node, _Readers]:
         x, weight = node.all_input_nodes[0], rewriter.tensor(ops.arguments(node)["weight"])
         if weight is None or weight.dim() < 2 or x.op == "get_attr" or list(node.args).count(x) > 1:
             continue
-        if str(ops.arguments(node)["weight"].target).endswith(_SUFFIX):
+        if _SMOOTHED.search(str(ops.arguments(node)["weight"].target)):
             continue
         axis = -1 if kind == "linear" else 1 - weight.dim()
         known = readers.setdefault(x, _Readers(axis, []))

@@ -238,6 +238,39 @@ def test_dynamic_sizes() -> None:
     assert not [name for name in checked.program.constants if "smoothing" in name]
 
 
+class Tied(nn.Module):
+    """A head that reads a norm and shares its table with the embedding."""
+
+    def __init__(self, loudness: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = nn.Embedding(200, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 200)
+        self.head.weight = self.embed.weight
+        with torch.no_grad():
+            self.norm.weight[BIG] *= loudness
+            self.embed.weight[:, BIG] /= loudness
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.norm(self.embed(ids) + torch.arange(WIDTH).sin()))
+
+
+@pytest.mark.parametrize(("loudness", "smoothed"), [(2.0, False), (40.0, True)])
+def test_a_table_is_stored_twice_only_where_that_gains_much(loudness: float, smoothed: bool) -> None:
+    ids = [(torch.randint(0, 200, (4, 16)),) for _ in range(6)]
+    checked = check_pass("smooth-quant", Tied(loudness).eval(), ids[0], before=FUSED, calibration=ids)
+    assert checked.difference.within
+    assert any("smoothed" in name for name in checked.program.constants) == smoothed
+
+
+def test_a_weight_that_two_readers_share_is_smoothed_once() -> None:
+    torch.manual_seed(0)
+    model = Model(lambda m, x: (lambda h: m.a(h) + m.a(h).relu())(m.norm(x)), norm=norm(), a=out(512)).eval()
+    checked = check_pass(
+        "smooth-quant", model, (torch.randn(TOKENS),), before="canonicalize", calibration=batches([torch.randn(TOKENS)])
+    )
+    assert len([name for name in checked.program.constants if "smoothed" in name]) == 1
+
+
 def test_rare_extremes_in_many_channels_are_no_outlier_channels() -> None:
     """Each channel's largest value is an accident of the calibration data; evened out, other data exceed them all."""
     torch.manual_seed(0)
