@@ -146,6 +146,31 @@ def hold(rewriter: Rewriter, weight: fx.Node, mask: fx.Node | None, kept: torch.
     return str(mask.target)
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A weight, and the mask that it is under.
+
+    Attributes:
+        read: what convs or linears read: the weight, or its product with a mask.
+        weight: the constant itself; ``mask``: likewise, where there is one.
+    """
+
+    read: fx.Node
+    weight: fx.Node
+    mask: fx.Node | None
+
+    @classmethod
+    def of(cls, rewriter: Rewriter, read: fx.Node) -> Held:
+        """What stands behind *read*."""
+        return cls(read, *(parts(rewriter, read) or (read, None)))
+
+    def value(self, rewriter: Rewriter) -> torch.Tensor:
+        """The weight as it is read."""
+        weight, mask = rewriter.tensor(self.weight), rewriter.tensor(self.mask)
+        assert weight is not None
+        return weight.detach() if mask is None else torch.where(mask.bool(), weight.detach(), 0)
+
+
 def parts(rewriter: Rewriter, node: object) -> tuple[fx.Node, fx.Node] | None:
     """Weight and mask of *node* where it is a product of two such constants; a mask is zeros and ones."""
     if not isinstance(node, fx.Node) or ops.kind(node) != "mul":

@@ -215,7 +215,8 @@ def fit(value: Any, hint: Any, where: str) -> Any:
     elif hint is float and type(value) is int:
         return float(value)
     name = getattr(hint, "__name__", str(hint))
-    raise SpecError(f"{where}: {value!r} is not of type {name}")
+    advice = f": write [{value}]" if origin is tuple and isinstance(value, str) else ""
+    raise SpecError(f"{where}: {value!r} is not of type {name}{advice}")
 
 
 def _is_instance(value: Any, hint: Any) -> bool:

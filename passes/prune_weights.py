@@ -23,31 +23,11 @@ from torch import fx
 
 from fxopt import masks, ops
 from fxopt.errors import SpecError
-from fxopt.masks import UNITS, Blocks, Masked
+from fxopt.masks import UNITS, Blocks, Held, Masked
 from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.rewriter import Rewriter
 
 _BLOCK = re.compile(r"([1-9]\d*)x([1-9]\d*)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A weight that can be pruned.
-
-    Attributes:
-        read: what convs or linears read: the weight, or its product with a mask.
-        weight: the constant itself; ``mask``: likewise, where there is one.
-    """
-
-    read: fx.Node
-    weight: fx.Node
-    mask: fx.Node | None
-
-    def value(self, rewriter: Rewriter) -> torch.Tensor:
-        """The weight as it is read."""
-        weight, mask = rewriter.tensor(self.weight), rewriter.tensor(self.mask)
-        assert weight is not None
-        return weight if mask is None else weight * mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +83,13 @@ class PruneWeights(Pass):
         rows, columns = self.block.split("x")
         return Blocks(int(rows), int(columns))
 
-    def _candidates(self, rewriter: Rewriter) -> list[Candidate]:
+    def _candidates(self, rewriter: Rewriter) -> list[Held]:
         """The weights to prune, once each; a reason is left at the readers of others."""
-        found = dict[fx.Node, Candidate]()
+        found = dict[fx.Node, Held]()
         names = set[str]()
         for unit in [node for node in rewriter.nodes() if ops.kind(node) in UNITS]:
             read = ops.arguments(unit)["weight"]
-            one = Candidate(read, *(masks.parts(rewriter, read) or (read, None)))
+            one = Held.of(rewriter, read)
             if one.weight.op == "get_attr":
                 names.add(str(one.weight.target))
             reason = self._refusal(rewriter, one)
@@ -120,7 +100,7 @@ class PruneWeights(Pass):
         self.warn_of_unused(rewriter, self.keep, names, "weight")
         return list(found.values())
 
-    def _refusal(self, rewriter: Rewriter, one: Candidate) -> str | None:
+    def _refusal(self, rewriter: Rewriter, one: Held) -> str | None:
         tensor = rewriter.tensor(one.weight)
         if tensor is None or not tensor.is_floating_point() or not tensor.numel():
             return "its weight is not a constant of floating-point numbers"

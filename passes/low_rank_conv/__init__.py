@@ -136,7 +136,7 @@ class LowRankConv(Pass):
         found = convs.find(rewriter, self)
         patterns = [*self.keep, *(text.rpartition("=")[0] for text in self.overrides)]
         names = [str(node.target) for node in rewriter.program.graph.find_nodes(op="get_attr")]
-        trial.say_what_is_off(rewriter, self, patterns, names)
+        self.warn_of_unused(rewriter, patterns, names, "weight")
         if not found:
             return
         cached = convs.Thin(found)

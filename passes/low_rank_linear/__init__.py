@@ -168,7 +168,7 @@ class LowRankLinear(Pass):
                 rewriter.skip(user, str(reason))
         patterns = [*self.keep, *(text.rpartition("=")[0] for text in self.overrides)]
         names = [str(node.target) for node in rewriter.program.graph.find_nodes(op="get_attr")]
-        trial.say_what_is_off(rewriter, self, patterns, names)
+        self.warn_of_unused(rewriter, patterns, names, "weight")
         return found
 
     def _directions(self, rewriter: Rewriter, ctx: PassContext, found: list[Layer]) -> dict[str, Directions]:

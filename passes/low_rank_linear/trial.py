@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from fxopt import fastest, registry
@@ -126,12 +124,3 @@ def one_rule(who: Pass, names: Sequence[str]) -> str | None:
     if len(given) > 1:
         raise SpecError(f"{who.name}: give one of {', '.join(given)}")
     return given[0] if given else None
-
-
-def say_what_is_off(rewriter: Rewriter, who: Pass, patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Warn of *patterns* that fit none of *names*."""
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            text = f"{who.name}: {pattern!r} fits no weight, such as {min(names, default='')!r}"
-            rewriter.note(text)
-            warnings.warn(text, stacklevel=2)

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.errors import InputError, SpecError
+from fxopt.errors import InputError, PreconditionError, SpecError
 from fxopt.execute import evaluate
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.smooth_quant import absorb, noise
@@ -74,6 +74,11 @@ class SmoothQuant(Pass):
         found = _readers(rewriter)
         if not found:
             return
+        if ctx.calibration is None:
+            raise PreconditionError(
+                "static int8, and smooth-quant before it, look at data: pass calibration=, an iterable of input tuples (a "
+                "DataLoader works), or quantize without data by insert-fake-quant{activations=dynamic} or none"
+            )
         profiles = _profiles(rewriter, ctx.batches(self), found)
         few = [seen.rows for seen in profiles.values() if seen.rows < _FEWEST_ROWS]
         if few:

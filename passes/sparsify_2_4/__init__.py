@@ -101,7 +101,7 @@ class SparsifyNM(Pass):
             InputError: what a layer reads on it is NaN or infinite.
             VerifyError: the model computes something else with its channels in another order.
         """
-        found = candidates.find(rewriter, self.name, self.pattern, self.keep, one_reader=self.method != "magnitude")
+        found = candidates.find(rewriter, self, self.pattern, self.keep, one_reader=self.method != "magnitude")
         done = [one for one in found if self.pattern.holds(one.value(rewriter))]
         left = [one for one in found if one not in done]
         magnitude = _magnitude(rewriter, left, self.pattern)

@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from fxopt import masks, ops
-from fxopt.masks import UNITS
+from fxopt.masks import UNITS, Held
+from fxopt.passbase import Pass
 from fxopt.rewriter import Rewriter
 from fxopt.sparsity import N_OF_M, Pattern
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class Candidate(Held):
     """A weight that is to have the pattern.
 
     Attributes:
         units: the convs or linears that have it.
-        read: what they read: the weight, or its product with a mask.
-        weight: the constant itself; ``mask``: likewise, where there is one.
     """
 
-    units: tuple[fx.Node, ...]
-    read: fx.Node
-    weight: fx.Node
-    mask: fx.Node | None
-
-    def value(self, rewriter: Rewriter) -> torch.Tensor:
-        """The weight as it is read."""
-        weight, mask = rewriter.tensor(self.weight), rewriter.tensor(self.mask)
-        assert weight is not None
-        return weight.detach() if mask is None else torch.where(mask.bool(), weight.detach(), 0)
+    units: tuple[fx.Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -43,7 +31,7 @@ class Candidate:
         return str(self.weight.target)
 
 
-def find(rewriter: Rewriter, who: str, pattern: Pattern, keep: Sequence[str], *, one_reader: bool) -> list[Candidate]:
+def find(rewriter: Rewriter, who: Pass, pattern: Pattern, keep: Sequence[str], *, one_reader: bool) -> list[Candidate]:
     """The weights of convs and linears, each once; a reason is left at the readers of others.
 
     Args:
@@ -63,15 +51,11 @@ def find(rewriter: Rewriter, who: str, pattern: Pattern, keep: Sequence[str], *,
         if reason is None and one_reader and len(units) > 1:
             reason = "its weight is read by several layers, whose inputs differ: method=magnitude can take it"
         if reason is None:
-            found.append(Candidate(units, read, weight, mask))
+            found.append(Candidate(read, weight, mask, units))
             continue
         for unit in units:
             rewriter.skip(unit, reason)
-    for text in keep:
-        if not fnmatch.filter(names, text):
-            warning = f"{who}: keep: {text!r} fits no weight, such as {min(names, default='')!r}"
-            rewriter.note(warning)
-            warnings.warn(warning, stacklevel=3)
+    who.warn_of_unused(rewriter, keep, names, "weight")
     return found
 
 

@@ -162,6 +162,7 @@ def test_only_what_differs_from_its_default_is_written() -> None:
         ("options{ratio=half}", "'half' is not of type float"),
         ("options{ratio=true}", "True is not of type float"),
         ("options{sizes=3}", "3 is not of type tuple"),
+        ("options{sizes=a}", r"'a' is not of type tuple: write \[a\]"),
         ("options{sizes=[a]}", "'a' is not of type int"),
         ("options{choice=c}", r"'c' is not a choice\. .*Known: 3, a, b c"),
         ("options{choice=true}", "True is not a choice"),
