@@ -40,7 +40,7 @@ class FileExecutable(Executable):
         """
         if not self._runs_here:
             raise BackendUnavailable(
-                f"this model was compiled for target {self._target.name!r}, which {self.engine} cannot run here: "
+                f"this model was compiled for target '{self._target}', which {self.engine} cannot run here: "
                 "save it with .save('model.onnx') and run that file there"
             )
         feed = self._file.interface.feed(inputs)

@@ -48,7 +48,7 @@ def lower_with_inductor(program: Program, target: Target, inputs: Sequence[Any])
     from torch._inductor.exc import InvalidCxxCompiler
 
     if not target.runs_here:
-        raise BackendUnavailable(f"Inductor compiles for this machine alone, not for target {target.name!r}")
+        raise BackendUnavailable(f"Inductor compiles for this machine alone, not for target '{target}'")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

@@ -67,7 +67,7 @@ class TorchExecutable(Executable):
         """
         if not self._runs_here:
             raise BackendUnavailable(
-                f"this model was compiled for target {self._target.name!r} ({self._target.arch}), which cannot run "
+                f"this model was compiled for target '{self._target}' ({self._target.arch}), which cannot run "
                 "here: move the saved model to such a machine, or compile for this one."
             )
         if torch.is_autocast_enabled("cpu"):

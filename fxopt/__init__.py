@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fxopt.signature import Signature
     from fxopt.sweep import sensitivity
     from fxopt.target import Target
+    from fxopt.target_list import targets
     from fxopt.training import PreparedModel, prepare
 
 _HOME = {
@@ -46,6 +47,7 @@ _HOME = {
     "sensitivity": "sweep",
     "Report": "report",
     "Target": "target",
+    "targets": "target_list",
     "Pass": "passbase",
     "PassContext": "passbase",
     "Rewriter": "rewriter",
@@ -92,6 +94,7 @@ __all__ = [
     "compile",
     "prepare",
     "sensitivity",
+    "targets",
     "testing",
 ]
 

@@ -52,7 +52,7 @@ def compile(  # noqa: A001 - the name that torch users look for
     Args:
         model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; compiled as in eval mode, with the weights
             as they are now.
-        target: "x86", "arm", "cuda" or a :class:`Target`.
+        target: "x86", "cortex-a76 -mattr=+i8mm", or another of :func:`fxopt.targets`; or a :class:`Target`.
         example_inputs: positional example inputs, a tuple (or one tensor). With neither these nor *example_kwargs*, it
             is captured at its first call.
         example_kwargs: keyword example inputs.

@@ -55,9 +55,9 @@ class ArtifactError(FxoptError):
     """A file cannot be written or read as a compiled model."""
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """A sentence that helps after an unknown *name*: the closest known one, and all of them."""
+def near_miss(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
+    """A sentence that helps after an unknown *name*: the closest known one, and all of them, or those of *shown*."""
     choices = sorted(known)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(choices) or 'none'}."
+    return f"{hint} Known: {', '.join(choices if shown is None else sorted(shown)) or 'none'}."

@@ -153,7 +153,7 @@ class Lowering:
         before, after = self.captured.program, state.program
         return Report(
             type(self.plan.model).__name__,
-            self.plan.target.name,
+            str(self.plan.target),
             backend.name,
             state.records,
             (before.numel(), after.numel()),

@@ -96,7 +96,7 @@ def sensitivity(
         example_inputs: positional example inputs, a tuple (or one tensor).
         calibration: iterable of input tuples. Ranges come from most of its batches, the comparison from the second
             and each eighth after it (up to four).
-        target: "x86", "arm", "cuda" or a :class:`Target`.
+        target: "x86", "arm", "cuda", another of :func:`fxopt.targets`, or a :class:`Target`.
         example_kwargs: keyword example inputs.
         dynamic_shapes: as ``torch.export.export`` takes them.
         passes: as for ``fxopt.compile``; the options of insert-fake-quant say how layers are quantized, and what stands

@@ -1,19 +1,24 @@
 """Targets: the machine that a model is compiled for, as a frozen set of facts.
 
 A pass or a backend asks the target (``target.has("avx512_bf16")``), never the host, so that compiling for a
-foreign machine gives the same graph as compiling on it.
+foreign machine gives the same graph as compiling on it. The facts themselves are in ``fxopt.machines``.
+
+    x86                                      this host where it is one
+    avx2   cortex-a76   sm_90                a machine of fxopt.targets()
+    arm -mcpu=cortex-a76 -mattr=+i8mm        the same with a feature more; - for one less
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import platform
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 
+from fxopt import host
 from fxopt.errors import InputError, SpecError, near_miss
+from fxopt.machines import FAMILIES, Cpu, Family, closure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +26,15 @@ class Target:
     """Facts about the machine a model will run on.
 
     Attributes:
-        name: the short name the user gives: ``"x86"``, ``"arm"``, ``"cuda"``.
+        name: the kind of machine: ``"x86"``, ``"arm"``, ``"cuda"``.
         arch: machine architecture as ``platform.machine()`` spells it (``"x86_64"``, ``"aarch64"``).
         features: ISA features with a bearing on speed (``"avx512_bf16"``, ``"amx_bf16"``, ...).
         native_dtypes: floating dtypes with fast matmul kernels on this machine.
         backends: backend names in the order of preference; ``backend="auto"`` tries them.
         channel_multiple: how many channels its kernels compute at once: other counts are padded to it.
         fast_2_4: whether its matmul kernels compute weights with two zeros in each four faster than dense ones.
+        cpu: which one of its kind, a name of :func:`targets`; "" where its features are all that is known.
+        spelling: what the user wrote; ``str(target)``, and :meth:`from_string` makes the target of it again.
     """
 
     name: str
@@ -37,6 +44,37 @@ class Target:
     backends: tuple[str, ...] = ("torch", "onnx")
     channel_multiple: int = 8
     fast_2_4: bool = False
+    cpu: str = ""
+    spelling: str = dataclasses.field(default="", compare=False)
+
+    @staticmethod
+    def from_string(text: str) -> Target:
+        """The target that *text* describes: a name, then perhaps ``-mcpu=`` and ``-mattr=`` with features to switch.
+
+        Features are comma-separated, each with + or -, in fxopt's spelling or LLVM's: ``-mattr=+dotprod,-bf16``.
+
+        Raises:
+            SpecError: *text* has another form, or a name or feature in it is unknown.
+        """
+        first, *options = text.split() or [""]
+        family, cpu = _named(first)
+        switches = ""
+        given = set[str]()
+        for option in options:
+            key, separator, value = option.partition("=")
+            if key not in _OPTIONS or not separator or not value:
+                raise SpecError(
+                    f"target {text!r}: {option!r} is neither -mcpu=NAME nor -mattr=+FEATURE,-FEATURE with features to "
+                    "switch on and off"
+                )
+            if key in given or (key == "-mcpu" and cpu):
+                raise SpecError(f"target {text!r} names {'a machine' if key == '-mcpu' else 'features'} twice")
+            given.add(key)
+            if key == "-mattr":
+                switches = value
+            else:
+                cpu = _known(value, FAMILIES[family].cpus, f"machine of target {family}")
+        return _make(family, cpu, switches, " ".join([first, *options]))
 
     def has(self, feature: str) -> bool:
         """Whether the machine has the ISA *feature*."""
@@ -46,69 +84,125 @@ class Target:
     def runs_here(self) -> bool:
         """Whether code for this target can run on this host."""
         if self.name == "cuda":
-            return torch.cuda.is_available()
-        return _host_arch() == self.arch
+            return (
+                torch.cuda.is_available() and host.capability(self.cpu or "sm_0") <= torch.cuda.get_device_capability()
+            )
+        return host.arch() == self.arch and (self.name not in FAMILIES or self.features <= host.features(self.name))
+
+    @property
+    def vector_bits(self) -> int:
+        """Width of the widest vector registers of a CPU that code can be generated for: 128, 256 or 512."""
+        known = FAMILIES[self.name].features if self.name in FAMILIES else {}
+        return max([known[one].vector_bits for one in self.features if one in known], default=128)
+
+    @property
+    def narrow_int8(self) -> bool:
+        """Whether int8 kernels add pairs of u8·s8 products in 16 bits, which saturate: weights then keep 7 bits.
+
+        x86 without VNNI does (vpmaddubsw); NEON adds products in 32 bits.
+        """
+        return self.arch == "x86_64" and self.name != "cuda" and not self.features & {"avx512_vnni", "avx_vnni"}
+
+    def int8_scheme(self, engine: str) -> str | None:
+        """Name of the quantization scheme of *engine* on this machine; None for the engine's own."""
+        return FAMILIES[self.name].schemes.get(engine) if self.name in FAMILIES else None
+
+    @property
+    def llvm(self) -> Mapping[str, str]:
+        """``mtriple``, ``mcpu`` and ``mattr`` for code generators that stand on LLVM, such as TVM.
+
+        Raises:
+            SpecError: the target is of no kind that fxopt.targets() lists.
+        """
+        family = FAMILIES[_known(self.name, FAMILIES, "kind of target")]
+        cpu = family.cpus.get(self.cpu) or _x86_level(self.features) if self.name == "x86" else self._preset(family)
+        on = [f"+{text}" for name, one in family.features.items() if name in self.features for text in one.llvm]
+        gone = [name for name in family.features if name in cpu.features - self.features]
+        off = [f"-{text}" for name in gone for text in family.features[name].llvm]
+        return MappingProxyType(
+            {"mtriple": cpu.triple or family.triple, "mcpu": cpu.llvm, "mattr": ",".join([*on, *off])}
+        )
+
+    def _preset(self, family: Family) -> Cpu:
+        return family.cpus[self.cpu or family.default]
 
     def __str__(self) -> str:
-        return self.name
-
-
-_X86_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
-_X86_BF16 = frozenset({"avx512_bf16", "amx_bf16"})
-_X86_FP16 = frozenset({"avx512_fp16"})
-
-
-def _host_arch() -> str:
-    machine = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-
-
-@functools.cache
-def _host_features() -> frozenset[str]:
-    """x86 features of this host; empty where the operating system does not list them."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    flags = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), [])
-    return frozenset(flags) & frozenset(_X86_FEATURES)
-
-
-def _x86() -> Target:
-    """The host's own features on an x86 host; plain AVX2 otherwise."""
-    features = _host_features() if _host_arch() == "x86_64" else frozenset({"avx2"})
-    dtypes = {torch.float32}
-    if features & _X86_BF16:
-        dtypes.add(torch.bfloat16)
-    if features & _X86_FP16:
-        dtypes.add(torch.float16)
-    lanes = 16 if "avx512f" in features else 8  # float32 numbers in a register
-    return Target("x86", "x86_64", features, frozenset(dtypes), ("torch", "onnx", "openvino"), lanes)
-
-
-def _arm() -> Target:
-    return Target("arm", "aarch64", frozenset({"neon"}), frozenset({torch.float32}), ("onnx", "torch"))
-
-
-def _cuda() -> Target:
-    dtypes = frozenset({torch.float32, torch.float16, torch.bfloat16})
-    return Target("cuda", _host_arch(), frozenset(), dtypes, ("torch", "onnx"), fast_2_4=True)
-
-
-_TARGETS = {"x86": _x86, "arm": _arm, "cuda": _cuda}
+        return self.spelling or self.name
 
 
 def resolve_target(target: str | Target) -> Target:
     """The :class:`Target` that the user named.
 
     Raises:
-        SpecError: the name is unknown.
-        InputError: neither a name nor a Target.
+        SpecError: the name, or something in it, is unknown.
+        InputError: neither a string nor a Target.
     """
     if isinstance(target, Target):
         return target
     if not isinstance(target, str):
         raise InputError(f"target must be a name or an fxopt.Target, not {type(target).__name__}")
-    if target not in _TARGETS:
-        raise SpecError(f"unknown target {target!r}.{near_miss(target, _TARGETS)}")
-    return _TARGETS[target]()
+    return Target.from_string(target)
+
+
+_OPTIONS = ("-mcpu", "-mattr")
+
+
+def names() -> list[str]:
+    """Of all kinds of machines, then of all machines."""
+    return [*FAMILIES, *(cpu for family in FAMILIES.values() for cpu in family.cpus)]
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Family and machine that the name *text* stands for; no machine for the name of a family."""
+    if text in FAMILIES:
+        return text, ""
+    for name, family in FAMILIES.items():
+        if text in family.cpus:
+            return name, text
+    hint = near_miss(text, names(), shown=FAMILIES)
+    raise SpecError(f"unknown target {text!r}.{hint} Machines of each kind: fxopt.targets().")
+
+
+def _known(text: str, known: Iterable[str], what: str) -> str:
+    if text not in known:
+        raise SpecError(f"unknown {what} {text!r}.{near_miss(text, known)}")
+    return text
+
+
+def _make(name: str, cpu: str, switches: str, spelling: str) -> Target:
+    """The target of family *name*: its machine *cpu*, or this host, or the default; with features switched."""
+    family = FAMILIES[name]
+    arch = family.arch or host.arch()
+    cpu = cpu or host.cpu(name)
+    base = family.cpus[cpu].features if cpu else host.features(name)
+    features = _switched(family, base, switches, spelling)
+    dtypes = {dtype for one in features if (dtype := family.features[one].dtype) is not None}
+    made = Target(
+        name, arch, features, family.dtypes | dtypes, family.backends, fast_2_4="sparse" in features, cpu=cpu,
+        spelling=spelling,
+    )  # fmt: skip
+    return dataclasses.replace(made, channel_multiple=max(family.channel_multiple, made.vector_bits // 32))
+
+
+def _switched(family: Family, base: frozenset[str], switches: str, spelling: str) -> frozenset[str]:
+    """*base* with the features of *switches* on or off, and what cannot be without them likewise."""
+    features = set(base)
+    aliases = {text: name for name, one in family.features.items() for text in (name, *one.llvm[:1])}
+    for switch in switches.split(",") if switches else ():
+        sign, text = switch[:1], switch[1:]
+        if sign not in "+-" or not sign:
+            raise SpecError(f"target {spelling!r}: {switch!r} in -mattr must be +FEATURE or -FEATURE")
+        feature = aliases[_known(text, aliases, f"feature in target {spelling!r}:")]
+        if sign == "+":
+            features |= closure(family, feature)
+        elif feature in family.always:
+            raise SpecError(f"target {spelling!r}: every such machine has {feature}")
+        else:
+            features = {one for one in features if feature not in closure(family, one)}
+    return frozenset(features)
+
+
+def _x86_level(features: frozenset[str]) -> Cpu:
+    """The highest level of x86 whose features are all among *features*."""
+    fitting = [cpu for cpu in FAMILIES["x86"].cpus.values() if cpu.features <= features]
+    return max(fitting, key=lambda cpu: len(cpu.features), default=Cpu(llvm="x86-64"))

@@ -72,7 +72,9 @@ class CastPrecision(Pass):
         """One sweep: decide for each node from its kind and what its inputs have become."""
         low = _DTYPES[self.dtype]
         if low not in ctx.target.native_dtypes:
+            other = [name for name, dtype in _DTYPES.items() if dtype in ctx.target.native_dtypes]
             text = f"target {ctx.target} has no native {self.dtype} arithmetic: expect it to be slower than fp32"
+            text += f"; it has {other[0]}" if other else ""
             rewriter.note(text)
             warnings.warn(f"cast-precision: {text}", stacklevel=2)
         names = {name for node in rewriter.nodes() if ops.precision(node) == "low" for name in _names(node)}

@@ -114,16 +114,13 @@ def named(name: str) -> Scheme:
 def choose(name: str, target: Target, engine: str) -> Scheme:
     """The scheme called *name*; for "auto" the one of *engine* on *target*.
 
-    Without VNNI, x86 kernels add pairs of u8·s8 products in 16 bits, which saturate: weights then keep 7 bits.
+    Where kernels add products in 16 bits, weights keep 7 bits.
 
     Raises:
         SpecError: no such scheme.
     """
     if name != "auto":
         return named(name)
-    if target.name == "cuda" and engine == "onnx":
-        return TENSORRT
-    scheme = _OF_ENGINE.get(engine, ONNXRUNTIME)
-    if target.arch == "x86_64" and not target.has("avx512_vnni") and not target.has("avx_vnni"):
-        return dataclasses.replace(scheme, weight=_SEVEN_BITS)
-    return scheme
+    own = target.int8_scheme(engine)
+    scheme = named(own) if own else _OF_ENGINE.get(engine, ONNXRUNTIME)
+    return dataclasses.replace(scheme, weight=_SEVEN_BITS) if target.narrow_int8 else scheme
