@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxopt.backend import Executable
+from fxopt.backend import Executable, Payload
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.errors import BackendUnavailable, FxoptError
 from fxopt.target import Target
@@ -20,9 +20,11 @@ class FileExecutable(Executable):
 
     Class attributes:
         engine: its name, for error messages.
+        product: the file that it saves, for error messages.
     """
 
     engine: ClassVar[str]
+    product: ClassVar[str] = "model.onnx"
 
     def __init__(self, file: OnnxFile, target: Target, *, runs_here: bool) -> None:
         """For a machine that this one is not, the file is all there is."""
@@ -41,7 +43,7 @@ class FileExecutable(Executable):
         if not self._runs_here:
             raise BackendUnavailable(
                 f"this model was compiled for target '{self._target}', which {self.engine} cannot run here: "
-                "save it with .save('model.onnx') and run that file there"
+                f"save it with .save({self.product!r}) and run that file there"
             )
         feed = self._file.interface.feed(inputs)
         try:
@@ -61,6 +63,10 @@ class FileExecutable(Executable):
             ArtifactError: another suffix, or the file cannot be written.
         """
         self._file.save(path)
+
+    def payload(self) -> Payload:
+        """The file as the engine reads it, and how to call it."""
+        return self._file.payload()
 
     def constant(self, name: str) -> torch.Tensor:
         """The weight *name*, read from the file.

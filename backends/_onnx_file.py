@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxopt.backend import Payload
 from fxopt.backends._onnx_bounds import Bound
 from fxopt.errors import ArtifactError, UnsupportedOp
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 SINGLE_FILE_LIMIT = 2_000_000_000  # bytes; a protobuf message must stay below 2 GiB
+MODEL, WEIGHTS = "model.onnx", "weights"
 EMBEDDED = 1024  # bytes; smaller tensors stay in the graph, where shape inference can read them
 
 
@@ -83,16 +85,56 @@ class OnnxFile:
         import onnx
         import onnx_ir
 
-        self._folder = tempfile.TemporaryDirectory(prefix="fxopt-")
-        self.path = Path(self._folder.name) / "model.onnx"
-        self.interface = interface
-        self.origins = origins
-        self.transposed = transposed
-        onnx_ir.save(model, self.path, external_data="weights", size_threshold_bytes=EMBEDDED)
+        self._take(tempfile.TemporaryDirectory(prefix="fxopt-"), interface, origins, transposed)
+        onnx_ir.save(model, self.path, external_data=WEIGHTS, size_threshold_bytes=EMBEDDED)
         try:
             onnx.checker.check_model(str(self.path), full_check=True)
         except Exception as error:
             raise UnsupportedOp(f"the exported ONNX graph is not valid: {self.explain(error)}") from error
+
+    def _take(
+        self,
+        folder: tempfile.TemporaryDirectory[str],
+        interface: Interface,
+        origins: Mapping[str, str],
+        transposed: Set[str],
+    ) -> None:
+        self._folder = folder
+        self.path = Path(folder.name) / MODEL
+        self.interface = interface
+        self.origins = origins
+        self.transposed = transposed
+
+    def payload(self) -> Payload:
+        """The files, and the interface in plain values."""
+        fields = {field.name: getattr(self.interface, field.name) for field in dataclasses.fields(Interface)}
+        facts = {
+            **fields,
+            "scalars": sorted(self.interface.scalars),
+            "bounds": {name: dataclasses.astuple(bound) for name, bound in self.interface.bounds.items()},
+            "origins": dict(self.origins),
+            "transposed": sorted(self.transposed),
+        }
+        return Payload({file.name: file for file in self.path.parent.iterdir()}, facts)
+
+    @classmethod
+    def restored(cls, folder: tempfile.TemporaryDirectory[str], facts: Mapping[str, Any]) -> OnnxFile:
+        """The file whose :meth:`payload` had these *facts*, from anyone.
+
+        Raises:
+            ArtifactError: it is no ONNX file, or takes its weights from elsewhere than the one file beside it.
+        """
+        file = cls.__new__(cls)
+        interface = Interface(
+            tuple(facts["inputs"]),
+            tuple(facts["outputs"]),
+            tuple(facts["constants"]),
+            frozenset(facts["scalars"]),
+            {name: Bound(*bound) for name, bound in facts["bounds"].items()},
+        )
+        file._take(folder, interface, facts["origins"], frozenset(facts["transposed"]))
+        _refuse_elsewhere(file.path)
+        return file
 
     def nbytes(self) -> int:
         """Bytes of graph and weights."""
@@ -142,6 +184,20 @@ class OnnxFile:
         line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text.splitlines()[0])
         names = dict.fromkeys(word for word in re.findall(r"[\w.]+", text) if word in self.origins)
         return line + "".join(f" [{self.origins[name]}]" for name in names)
+
+
+def _refuse_elsewhere(path: Path) -> None:
+    """Raises ArtifactError where the ONNX file *path* names any file but the one of its weights."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise ArtifactError(f"its ONNX file cannot be read: {error}") from error
+    for tensor in onnx.external_data_helper._get_all_tensors(model):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value != WEIGHTS:
+                raise ArtifactError(f"its ONNX file takes weights from {entry.value!r:.80}, which is not its own")
 
 
 def _copy(source: Path, target: Path, *, single: bool) -> None:

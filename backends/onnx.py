@@ -8,7 +8,8 @@ Tensors go in and come out without a copy. For a machine that this one is not, t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -105,6 +106,15 @@ class OnnxBackend(Backend):
             _refuse_bf16(program)
         file = export(program, self.opset, explicit=target.name == "cuda")
         return OnnxExecutable(file, target, self._session(file) if here else None)
+
+    def restore(self, folder: TemporaryDirectory[str], facts: Mapping[str, Any], target: Target) -> Executable:
+        """The model of an artifact.
+
+        Raises:
+            ArtifactError: its file is not sound. UnsupportedOp: this onnxruntime cannot run it.
+        """
+        file = OnnxFile.restored(folder, facts)
+        return OnnxExecutable(file, target, self._session(file) if runs_here(target) else None)
 
     def _session(self, file: OnnxFile) -> Any:
         import onnxruntime

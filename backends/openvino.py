@@ -11,21 +11,22 @@ would silently use bf16 wherever the machine has it, so fp32 is asked for by nam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.backend import Backend, Executable, check_threads
+from fxopt.backend import Backend, Executable, Payload, check_threads
 from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import all_nodes, located
 from fxopt.backends._onnx_int8 import is_quantized
 from fxopt.backends._openvino_integers import integer_bounds
-from fxopt.errors import SpecError, UnsupportedOp
+from fxopt.errors import ArtifactError, SpecError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter, fake_mode, infer
 from fxopt.target import Target
@@ -39,11 +40,17 @@ class OpenVinoExecutable(FileExecutable):
 
     engine: ClassVar[str] = "OpenVINO"
 
-    def __init__(self, file: OnnxFile, target: Target, compiled: Any) -> None:
+    def __init__(self, file: OnnxFile, target: Target, compiled: Any, precision: str) -> None:
         """*compiled* is None where the target cannot run here."""
         super().__init__(file, target, runs_here=compiled is not None)
         self._compiled = compiled
+        self._precision = precision
         self._idle: list[Any] = []  # infer requests; append and pop are atomic
+
+    def payload(self) -> Payload:
+        """The file, how to call it, and the precision that OpenVINO was told."""
+        plain = super().payload()
+        return dataclasses.replace(plain, facts={**plain.facts, "precision": self._precision})
 
     def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         try:
@@ -105,7 +112,22 @@ class OpenVinoBackend(Backend):
             _widen(program)
         file = export(program, bounds=bounds, for_openvino=True)  # the same kernels, and nothing is rounded
         precision = self.precision or ("bf16" if fast else "f32")
-        return OpenVinoExecutable(file, target, self._compile(file, precision) if runs_here(target) else None)
+        return self._executable(file, target, precision)
+
+    def restore(self, folder: TemporaryDirectory[str], facts: Mapping[str, Any], target: Target) -> Executable:
+        """The model of an artifact.
+
+        Raises:
+            ArtifactError: its file is not sound. UnsupportedOp: this OpenVINO cannot run it.
+        """
+        if facts["precision"] not in ("f32", "bf16"):
+            raise ArtifactError(f"OpenVINO has no precision {facts['precision']!r:.40}")
+        return self._executable(OnnxFile.restored(folder, facts), target, facts["precision"])
+
+    def _executable(self, file: OnnxFile, target: Target, precision: str) -> Executable:
+        return OpenVinoExecutable(
+            file, target, self._compile(file, precision) if runs_here(target) else None, precision
+        )
 
     def _compile(self, file: OnnxFile, precision: str) -> Any:
         import openvino

@@ -13,7 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import fxopt.conformance as conformance
     import fxopt.testing as testing
+    from fxopt.artifact import load
     from fxopt.backend import Backend, Executable
     from fxopt.compiled import CompiledModel
     from fxopt.compiler import compile
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 _HOME = {
     "compile": "compiler",
     "CompiledModel": "compiled",
+    "load": "artifact",
     "prepare": "training",
     "PreparedModel": "prepared",
     "sensitivity": "sweep",
@@ -66,7 +69,7 @@ _HOME = {
     "BackendUnavailable": "errors",
     "ArtifactError": "errors",
 }
-_MODULES = ("testing", "passes", "backends")
+_MODULES = ("conformance", "testing", "passes", "backends")
 
 __all__ = [
     "ArtifactError",
@@ -92,6 +95,8 @@ __all__ = [
     "VerifyError",
     "__version__",
     "compile",
+    "conformance",
+    "load",
     "prepare",
     "sensitivity",
     "targets",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import importlib.util
+import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,21 @@ from torch import fx
 from fxopt.errors import ArtifactError, BackendUnavailable, SpecError, near_miss
 from fxopt.program import Program
 from fxopt.target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """What an engine needs to run a lowered program again, on another day.
+
+    Attributes:
+        files: paths by name (lower case, digits, ``_`` and one suffix).
+        facts: what else it must know: numbers, strings, lists, dicts, dtypes.
+        code: whether a file holds machine code: then it is loaded only where the reader asks for it.
+    """
+
+    files: Mapping[str, Path]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    code: bool = False
 
 
 class Executable(abc.ABC):
@@ -41,8 +57,13 @@ class Executable(abc.ABC):
             ArtifactError: the backend has none for this kind of file.
         """
         raise ArtifactError(
-            f"this backend cannot write {path.suffix or path.name!r} files; backend='onnx' writes .onnx"
+            f"this backend cannot write {path.suffix or path.name!r} files: .fxopt is for every backend, and "
+            "backend='onnx' writes .onnx"
         )
+
+    def payload(self) -> Payload | None:
+        """What ``Backend.restore`` makes this executable from; None where the program is to be lowered again."""
+        return None
 
     def constant(self, name: str) -> torch.Tensor:
         """The tensor behind a constant that ``lower`` took out of the program, in its plain layout.
@@ -118,6 +139,17 @@ class Backend(abc.ABC):
             UnsupportedOp: the engine cannot express some op; each is named with its source line.
             BackendUnavailable: the engine is not installed.
         """
+
+    def restore(self, folder: tempfile.TemporaryDirectory[str], facts: Mapping[str, Any], target: Target) -> Executable:
+        """The executable whose ``payload`` had these *facts*, and files that now lie in *folder*, for it to keep.
+
+        The files may come from anyone: nothing in them may be run, or read from another place, without a check.
+
+        Raises:
+            ArtifactError: they are none of this backend's.
+        """
+        folder.cleanup()
+        raise ArtifactError(f"backend {self.name!r} has no files of its own in an artifact")
 
     @classmethod
     def with_options(cls, options: dict[str, Any]) -> Backend:

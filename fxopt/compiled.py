@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ class Variant:
         executable: what runs it.
         backend: name of the backend.
         report: what was done.
+        options: those of the backend.
     """
 
     program: Program
     executable: Executable
     backend: str
     report: Report
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,7 +67,9 @@ class Variant:
         for node in program.graph.find_nodes(op="get_attr"):
             name = str(node.target)
             if name not in program.constants:
-                program.constants[name] = self.executable.constant(name)
+                value, fake = self.executable.constant(name), node.meta.get("val")
+                widened = isinstance(fake, torch.Tensor) and fake.dtype != value.dtype  # by the engine, for its own use
+                program.constants[name] = value.to(fake.dtype) if widened else value
         return program
 
     def _write_back(self, inputs: list[Any], values: list[Any]) -> None:
@@ -143,14 +147,22 @@ class CompiledModel:
         return variant.whole_program().to_module()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the compiled model in the format that the suffix names, e.g. ``model.onnx``.
+        """Write the compiled model in the format that the suffix names.
+
+        ``model.fxopt`` is what :func:`fxopt.load` reads, for any backend; others are the engine's own: ``model.onnx``.
 
         Raises:
-            ArtifactError: the backend cannot write this format, or *path* is no path.
+            ArtifactError: the backend cannot write this format, the model holds what no file can, or *path* is no path.
         """
         if not isinstance(path, (str, os.PathLike)):
-            raise ArtifactError(f"save() wants the path of a file, such as 'model.onnx', not {path!r:.80}")
-        self._current("save()").executable.save(Path(path))
+            raise ArtifactError(f"save() wants the path of a file, such as 'model.fxopt', not {path!r:.80}")
+        variant = self._current("save()")
+        if Path(path).suffix == ".fxopt":
+            from fxopt import artifact
+
+            artifact.save(variant, self.target, Path(path))
+        else:
+            variant.executable.save(Path(path))
 
     def __repr__(self) -> str:
         variant = self._fixed or next(reversed(self._lazy.values()), None)

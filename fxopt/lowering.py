@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt import cost, ops, registry, sparse_packing, verify
-from fxopt.backend import Backend
+from fxopt.backend import Backend, Executable
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
 from fxopt.errors import BackendUnavailable, UnsupportedOp, VerifyError
@@ -22,6 +22,7 @@ from fxopt.pipeline import Pipeline, State
 from fxopt.program import Program
 from fxopt.progress import Stages
 from fxopt.report import Report
+from fxopt.target import Target
 
 if TYPE_CHECKING:
     from fxopt.compiler import Plan
@@ -138,13 +139,10 @@ class Lowering:
             self.expected = verify.run(program, self.captured.inputs)
         with self.stages.stage("lower"):
             self.stages.say(f"lowering to {backend.name}")
-            owned = Program(program.copy().graph, program.constants, program.signature)
-            small = _besides_weights(program)
-            executable = backend.lower(owned, self.plan.target, self.captured.inputs)
+            executable = hand_over(program, backend, self.plan.target, self.captured.inputs)
         report.notes = executable.notes
-        names = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
-        program.constants = {name: v for name, v in {**small, **program.constants}.items() if name in names}
-        variant = Variant(program, executable, backend.name, report)
+        options = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)}
+        variant = Variant(program, executable, backend.name, report, options)
         if self.expected is not None and not self._random:
             self._check(variant)
         return variant
@@ -228,8 +226,32 @@ class Lowering:
         return latency_ms(call, budget_s=0.2, warmup=0, calls=5)
 
 
-def _besides_weights(program: Program) -> dict[str, torch.Tensor]:
-    """Biases, scales and zero points: engines put them into their kernels, and the readable graph needs them too."""
+def hand_over(program: Program, backend: Backend, target: Target, inputs: Sequence[Any]) -> Executable:
+    """*program* on *backend*: weights go to the engine, the graph and what it needs to be readable stay."""
+    owned = Program(program.copy().graph, program.constants, program.signature)
+    small = _besides_weights(program)
+    executable = backend.lower(owned, target, inputs)
+    read = {str(node.target): node.meta.get("val") for node in program.graph.find_nodes(op="get_attr")}
+    left = {name: _as_read(value, read.get(name)) for name, value in program.constants.items()}
+    left = {name: value for name, value in left.items() if _is_of(value, read.get(name))}
+    program.constants = {name: value for name, value in {**small, **left}.items() if name in read}
+    return executable
+
+
+def _as_read(value: Any, fake: Any) -> Any:
+    """*value* in the dtype that the graph says: an engine may have widened its own."""
+    both = isinstance(fake, torch.Tensor) and isinstance(value, torch.Tensor)
+    widened = both and value.is_floating_point() and value.dtype != fake.dtype
+    return value.to(fake.dtype) if widened else value
+
+
+def _is_of(value: Any, fake: Any) -> bool:
+    """Whether *value* is still what the graph says: an engine may have given it another form."""
+    return not isinstance(fake, torch.Tensor) or (value.dtype == fake.dtype and value.shape == fake.shape)
+
+
+def _besides_weights(program: Program) -> dict[str, Any]:
+    """Biases, scales, zero points, branches: engines put them into kernels, and the readable graph needs them too."""
     nodes = program.graph.find_nodes(op="get_attr")
     scales = {
         n for n in nodes for user in n.users if ops.namespace(user) == "quantized_decomposed" and n in user.args[1:]
@@ -238,5 +260,5 @@ def _besides_weights(program: Program) -> dict[str, torch.Tensor]:
     return {
         str(n.target): value
         for n in nodes
-        if isinstance(value := found[str(n.target)], torch.Tensor) and (value.dim() <= 1 or n in scales)
+        if not isinstance(value := found[str(n.target)], torch.Tensor) or value.dim() <= 1 or n in scales
     }

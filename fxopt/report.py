@@ -91,7 +91,7 @@ class Report:
         parameters: floating-point weight elements (captured, final).
         macs: multiply-accumulates of one run on the example inputs (captured, final).
         bytes: weight bytes (captured, final).
-        packed_bytes: weight bytes where those with N:M sparsity are stored packed, by ``fxopt.sparse_packing``.
+        packed_bytes: weight bytes where those with N:M sparsity are packed, as ``save('m.fxopt')`` does.
         latency_ms: median latency on the example inputs, "eager" and "fxopt"; empty where nothing can run here.
         candidates: for ``backend="auto"``, what each backend measured in ms, or why it was not taken.
         seconds: time spent by stage ("capture", "passes", "lower", "measure").

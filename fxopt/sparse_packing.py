@@ -4,16 +4,13 @@
 
 2:4 takes 0.5625 of the bytes of fp16 and bf16, 0.625 of int8, 0.53 of fp32. What is packed comes back bit by bit, signs
 of zeros included: in groups with fewer than n others, zeros fill up; all zeros that are left out of a row have one sign
-(a negative batch norm scale makes them −0), which is kept for each row where any is negative.
+(a negative batch norm scale makes them −0), which is kept for each row where any is negative. Artifacts hold them so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +21,6 @@ from fxopt.sparsity import Pattern, like, matrix
 PATTERNS = (Pattern(1, 4), Pattern(2, 4), Pattern(2, 8), Pattern(4, 8), Pattern(1, 2), Pattern(8, 16), Pattern(4, 16))
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FORMAT = "fxopt packed tensors 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +97,7 @@ def smallest(weight: torch.Tensor) -> Packed | None:
 
 
 def saving(tensors: Mapping[str, torch.Tensor]) -> int:
-    """How many bytes fewer :func:`save` takes for *tensors* than they have, shared ones counted once."""
+    """How many bytes fewer *tensors* take when they are packed, shared ones counted once."""
     saved = dict[int, int]()
     for tensor in tensors.values():
         if tensor.layout == torch.strided and tensor.dtype in _PACKABLE:
@@ -113,65 +109,6 @@ def saving(tensors: Mapping[str, torch.Tensor]) -> int:
 def _packed_bytes(weight: torch.Tensor, pattern: Pattern) -> int:
     count = weight.numel() // pattern.m * pattern.n
     return count * weight.dtype.itemsize + -(-count * _width(pattern) // 8)
-
-
-def save(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Write dense *tensors*, such as ``compiled.graph.state_dict()``; those with N:M sparsity packed, tied ones once.
-
-    Raises:
-        ArtifactError: one is no dense tensor, or the file cannot be written.
-    """
-    parts, made = dict[str, dict[str, Any]](), dict[Any, dict[str, Any]]()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            what = f"{tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ArtifactError(f"{name!r} is a {what}, and only dense tensors can be packed")
-        same = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        parts[name] = made[same] if same in made else made.setdefault(same, _part(tensor))
-    partial = Path(path).with_name(f"{Path(path).name}.partial")
-    try:
-        torch.save({"format": _FORMAT, "tensors": parts}, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise ArtifactError(f"{path} cannot be written: {error}") from error
-
-
-def _part(tensor: torch.Tensor) -> dict[str, Any]:
-    """What of *tensor* is in the file."""
-    packed = smallest(tensor)
-    if packed is None:
-        return {"dense": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)}
-    shape, pattern = list(packed.shape), [packed.pattern.n, packed.pattern.m]
-    signs = {} if packed.negative is None else {"negative": packed.negative}
-    return {"values": packed.values.clone(), "places": packed.places, "shape": shape, "pattern": pattern, **signs}
-
-
-def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors that :func:`save` wrote, bit by bit; no code of the file is run.
-
-    Raises:
-        ArtifactError: it is no such file, or damaged.
-    """
-    try:
-        found = torch.load(path, weights_only=True)
-        if found["format"] != _FORMAT:
-            raise ArtifactError(f"{path} is of another format: {found['format']!r:.80}")
-        return {name: _restored(part) for name, part in found["tensors"].items()}
-    except ArtifactError:
-        raise
-    except FileNotFoundError as error:
-        raise ArtifactError(f"there is no file {path}") from error
-    except Exception as error:
-        raise ArtifactError(f"{path} holds no packed tensors, or is damaged: {error}") from error
-
-
-def _restored(part: Mapping[str, Any]) -> torch.Tensor:
-    if "dense" in part:
-        dense: torch.Tensor = part["dense"]
-        return dense
-    shape, pattern = tuple(part["shape"]), Pattern(*part["pattern"])
-    return Packed(part["values"], part["places"], part.get("negative"), shape, pattern).unpack()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

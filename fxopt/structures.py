@@ -82,7 +82,7 @@ def _split(value: Any) -> tuple[list[str], dict[str, Any]]:
 
 def _flatten(value: Any) -> tuple[list[Any], Any]:
     held, rest = _split(value)
-    return [vars(value)[name] for name in held], (tuple(held), _Rest(rest))
+    return [vars(value)[name] for name in held], (tuple(held), Rest(rest))
 
 
 def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -98,21 +98,22 @@ def _unflatten(kind: type, children: Any, context: Any) -> Any:
     return value
 
 
-class _Rest:
+class Rest:
     """Attributes without tensors. A model may branch on them, so two objects are alike only where all of them are."""
 
-    def __init__(self, attributes: dict[str, Any]) -> None:
+    def __init__(self, attributes: dict[str, Any], known_by: str | None = None) -> None:
+        """*known_by*: the fingerprint, where the attributes themselves are not there."""
         self.attributes = attributes
-        self.fingerprint = fingerprint(attributes)  # taken now: the attributes may be changed later
+        self.fingerprint = known_by or fingerprint(attributes)  # taken now: the attributes may be changed later
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rest) and self.fingerprint == other.fingerprint
+        return isinstance(other, Rest) and self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        return f"_Rest({self.fingerprint})"
+        return f"Rest({self.fingerprint})"
 
 
 _SCALARS = (

@@ -5,7 +5,7 @@
 For convolutions the neighbours are input channels at one position of the kernel (``fxopt.sparsity``). ``permutation``
 first puts channels in an order in which more magnitude stays, an exact rewrite; ``criteria`` choose what goes. GPUs
 from NVIDIA's Ampere on compute 2:4 linears faster, engines on CPUs compute the zeros: there, only the saved file is
-smaller (``fxopt.sparse_packing``), and the pass says so.
+smaller (in ``.fxopt`` files), and the pass says so.
 
 In a graph that is to be trained masks hold the zeros (``fxopt.masks``), or with ``straight_through`` they are chosen
 anew in each step. ``PreparedModel.compile`` checks that the pattern is still there.
@@ -193,9 +193,7 @@ class SparsifyNM(Pass):
             rewriter.note("which linears compute faster, and why others do not, is in the remarks of the backend")
             return
         packs = any(map(sparse_packing.smallest, new.values()))
-        gain = (
-            "What is gained is size, where fxopt.sparse_packing saves them" if packs else "Nor are they saved in less"
-        )
+        gain = "What is gained is size, in .fxopt files" if packs else "Nor are they saved in less"
         text = (
             f"no speed-up on this target: no engine for {ctx.target} computes {self.pattern} weights faster than dense "
             f"ones. {gain}"

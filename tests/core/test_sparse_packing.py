@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fxopt import sparse_packing
+from fxopt.artifact import tensors
 from fxopt.errors import ArtifactError
 from fxopt.sparse_packing import Packed, pack, smallest
 from fxopt.sparsity import Pattern, like, matrix
@@ -37,11 +39,12 @@ def test_bytes_of_2_4(shape: tuple[int, ...], dtype: torch.dtype, most: float, t
     assert packed.nbytes <= most * weight.nbytes
     assert torch.equal(bits(packed.unpack()), bits(weight))
     assert sparse_packing.saving({"w": weight, "same": weight}) == weight.nbytes - packed.nbytes
-    sparse_packing.save({"w": weight}, tmp_path / "w")
-    torch.save({"w": weight}, tmp_path / "dense")
+    entries = tensors.save({"w": weight}, tmp_path / "w")
+    save_file({"w": weight}, tmp_path / "dense")
     big = (tmp_path / "dense").stat().st_size
     assert (tmp_path / "w").stat().st_size <= most * weight.nbytes + (big - weight.nbytes) + 1024
-    assert torch.equal(bits(sparse_packing.load(tmp_path / "w")["w"]), bits(weight))
+    found = tensors.Tensors(tmp_path / "w", 0, (tmp_path / "w").stat().st_size, entries).all()["w"]
+    assert torch.equal(bits(found), bits(weight))
 
 
 @settings(max_examples=150, deadline=None)
@@ -90,58 +93,7 @@ def test_the_pattern_that_takes_the_fewest_bytes() -> None:
     assert smallest(torch.randn(8, 16)) is None
 
 
-def test_other_tensors_are_saved_as_they_are(tmp_path: Path) -> None:
-    tensors = {
-        "dense": torch.randn(3, 5),
-        "scalar": torch.tensor(2),
-        "empty": torch.zeros(0, 4),
-        "view": torch.randn(8, 8).T[1:3],
-        "parameter": torch.nn.Parameter(torch.randn(4, 4)),
-    }
-    sparse_packing.save(tensors, tmp_path / "t")
-    found = sparse_packing.load(tmp_path / "t")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor)
-        assert found[name].dtype == tensor.dtype
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_sparse_tensor_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"'graph' is a torch\.sparse_coo tensor"):
-        sparse_packing.save({"graph": torch.eye(3).to_sparse()}, tmp_path / "t")
-
-
-def test_what_is_no_tensor_and_a_file_that_cannot_be_written_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="'step' is a int"):
-        sparse_packing.save({"step": 1}, tmp_path / "t")  # type: ignore[dict-item]
-    for path in (tmp_path / "none" / "t", tmp_path):
-        with pytest.raises(ArtifactError, match="cannot be written"):
-            sparse_packing.save({"w": torch.ones(2)}, path)
-    assert not tmp_path.with_name(f"{tmp_path.name}.partial").exists()
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_tied_tensors_are_in_the_file_once(packed: bool, tmp_path: Path) -> None:
-    weight = sparse((128, 64), Pattern(), torch.float32) if packed else torch.randn(128, 64)
-    sparse_packing.save({"one": weight}, tmp_path / "one")
-    sparse_packing.save({"one": weight, "tied": weight, "view": weight.T}, tmp_path / "three")
-    found = sparse_packing.load(tmp_path / "three")
-    assert torch.equal(found["tied"], weight)
-    assert torch.equal(found["view"], weight.T)
-    sparse_packing.save({"one": weight, "tied": weight}, tmp_path / "two")
-    assert (tmp_path / "two").stat().st_size < (tmp_path / "one").stat().st_size + 1024
-
-
-def test_damage_is_found(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="there is no file"):
-        sparse_packing.load(tmp_path / "none")
-    (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ArtifactError, match="holds no packed tensors"):
-        sparse_packing.load(tmp_path / "text")
-    torch.save({"format": "another", "tensors": {}}, tmp_path / "other")
-    with pytest.raises(ArtifactError, match="another format"):
-        sparse_packing.load(tmp_path / "other")
+def test_damage_is_found() -> None:
     packed = pack(sparse((8, 16), Pattern(), torch.float32), Pattern())
     assert packed is not None
     for broken in (
