@@ -34,10 +34,16 @@ class NodeByNode(fxopt.Executable):
 
     def __init__(self, program: fxopt.Program) -> None:
         self.module = program.to_module()
+        self.constants = program.constants
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         with torch.no_grad():
             return list(self.module(*inputs))
+
+    def constant(self, name: str) -> torch.Tensor:
+        """What the next call reads, which matters for buffers that the model changes."""
+        value: torch.Tensor = self.constants[name]
+        return value
 
 
 @dataclass(frozen=True)
