@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import fxopt.conformance as conformance
-    import fxopt.conformance as conformance
     import fxopt.testing as testing
     from fxopt.artifact import load
     from fxopt.backend import Backend, Executable
