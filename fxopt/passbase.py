@@ -26,15 +26,10 @@ CLEANING = (
     "common-subexpressions",
     "fold-constants",
 )  # passes that lossy ones find their patterns after
-# Passes that merge or round weights, or move scales between them: what removes parts of a model stands before these.
-FINISHING = (
-    "fuse-conv-bn-relu",
-    "merge-linears",
-    "cross-layer-equalization",
-    "smooth-quant",
-    "insert-fake-quant",
-    "cast-precision",
-)
+# Passes that merge layers, and those that round weights or move scales between them.
+MERGING = ("fuse-conv-bn-relu", "merge-linears")
+ROUNDING = ("cross-layer-equalization", "smooth-quant", "insert-fake-quant", "cast-precision")
+FINISHING = (*MERGING, *ROUNDING)  # what removes parts of a model stands before these
 
 
 def _declines_nothing(node: fx.Node) -> str | None:

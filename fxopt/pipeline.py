@@ -81,8 +81,10 @@ def check_order(passes: Sequence[Pass]) -> None:
         for late in passes[i + 1 :]:
             if late.name in early.runs_after or early.name in late.runs_before:
                 order = " → ".join(p.name for p in passes)
+                without = f", or leave {early.name} out: it runs by itself" if early.name in (*FIRST, *LAST) else ""
                 raise PreconditionError(
-                    f"{early.name} cannot run before {late.name}: {_why(early, late)}. Given order: {order}"
+                    f"{early.name} cannot run before {late.name}: {_why(early, late)}. List {late.name} before "
+                    f"{early.name}{without}. Given order: {order}"
                 )
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from fxopt import cost, progress
 from fxopt.errors import SpecError
-from fxopt.passbase import CLEANING, Pass, PassContext
+from fxopt.passbase import CLEANING, ROUNDING, Pass, PassContext
 from fxopt.passes.low_rank_conv import convs
 from fxopt.passes.low_rank_conv.convs import Conv
 from fxopt.passes.low_rank_conv.decomposition import Ranks, for_energy, for_vbmf
@@ -85,10 +85,7 @@ class LowRankConv(Pass):
     runs_before: ClassVar[tuple[str, ...]] = (
         "prune-weights",  # zeros do not survive a decomposition
         "sparsify-2-4",
-        "cross-layer-equalization",
-        "smooth-quant",
-        "insert-fake-quant",
-        "cast-precision",
+        *ROUNDING,
     )
     rank: int | Literal["vbmf"] | None = None
     ratio: float | None = None

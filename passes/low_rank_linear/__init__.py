@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 
 from fxopt import cost, progress
 from fxopt.errors import InputError, SpecError
-from fxopt.passbase import CLEANING, Pass, PassContext
+from fxopt.passbase import CLEANING, ROUNDING, Pass, PassContext
 from fxopt.passes.low_rank_linear import choice, surgery, trial
 from fxopt.passes.low_rank_linear import layers as linears
 from fxopt.passes.low_rank_linear import ranks as rules
@@ -75,10 +75,7 @@ class LowRankLinear(Pass):
     runs_before: ClassVar[tuple[str, ...]] = (
         "prune-weights",  # zeros do not survive a decomposition
         "sparsify-2-4",
-        "cross-layer-equalization",
-        "smooth-quant",
-        "insert-fake-quant",
-        "cast-precision",
+        *ROUNDING,
     )
     rank: int | None = None
     ratio: float | None = None

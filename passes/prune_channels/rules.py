@@ -77,7 +77,7 @@ def prelu(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 def conv(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """Channels of input and weight, groups, and the filters as the channels of the result."""
-    x, w = c.of(a["input"]), c.of(a["weight"])
+    x, w = c.of(node.all_input_nodes[0]), c.of(a["weight"])
     at = len(x) - len(w) + 1  # of the channels: 0 without a batch
     groups = int(a["groups"])
     outside, inside = split_product(w[0], groups), split_product(x[at], groups)
@@ -87,7 +87,7 @@ def conv(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     unify(inside[1], w[1], f"{node.name}: input channels")
     if groups > 1:
         c.resize(node, groups=outside[0])
-    return _convolved(c, node, a, x, at, w[0])
+    return _finished(c, node, a, _convolved(c, node, a, x, at, w[0]))
 
 
 def conv_transpose(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes | None:
@@ -115,13 +115,18 @@ def _convolved(c: Coupling, node: fx.Node, a: dict[str, Any], x: Axes, at: int, 
 
 def linear(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:
     """y[..., o] = x[..., i] · w[o, i]."""
-    x, w = c.of(a["input"]), c.of(a["weight"])
+    x, w = c.of(node.all_input_nodes[0]), c.of(a["weight"])
     unify(x[-1], w[-1], f"{node.name}: inputs")
     if len(w) == 1:
         return x[:-1]
     if a["bias"] is not None:
         unify(w[0], c.of(a["bias"])[0], f"{node.name}: bias")
-    return [*x[:-1], w[0]]
+    return _finished(c, node, a, [*x[:-1], w[0]])
+
+
+def _finished(c: Coupling, node: fx.Node, a: dict[str, Any], y: Axes) -> Axes:
+    """*y* plus what a fused op adds to it; its activation takes each element for itself."""
+    return y if a.get("residual") is None else broadcast([y, c.of(a["residual"])], node.name)
 
 
 def batch_norm(c: Coupling, node: fx.Node, a: dict[str, Any]) -> Axes:

@@ -23,7 +23,7 @@ import torch
 
 from fxopt import masks, progress, sparse_packing, verify
 from fxopt.errors import InputError, SpecError
-from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
+from fxopt.passbase import CLEANING, ROUNDING, Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
 from fxopt.passes.prune_channels.groups import find_groups
@@ -65,7 +65,7 @@ class SparsifyNM(Pass):
         "low-rank-linear",
         "low-rank-conv",
     )
-    runs_before: ClassVar[tuple[str, ...]] = FINISHING
+    runs_before: ClassVar[tuple[str, ...]] = ROUNDING
     n: int = 2
     m: int = 4
     method: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"

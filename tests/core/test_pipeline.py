@@ -250,6 +250,11 @@ def test_an_exact_pass_that_the_user_lists_is_not_doubled() -> None:
             "cast-precision cannot run before fuse-conv-bn-relu: cast-precision declares runs_after fuse-conv-bn-relu",
         ),
         (("fuse-conv-bn-relu", "canonicalize"), "fuse-conv-bn-relu cannot run before canonicalize"),
+        (
+            ("merge-linears", "prune-channels"),
+            "List prune-channels before merge-linears, or leave merge-linears out: it runs by itself. Given order",
+        ),
+        ((Late(), Early()), "List early before late. Given order"),
     ],
 )
 def test_a_wrong_order_is_refused_before_anything_runs(

@@ -285,6 +285,47 @@ def test_order() -> None:
             fxopt.compile(small(), example_inputs=(X,), passes=wrong, calibration=[(X,)])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_weights_stay_after_merges(method: str) -> None:
+    """What is merged or fused before is permuted through, and chooses by row as each layer does for itself."""
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(32, 32) for name in ("q", "k", "v", "out", "up", "down")}
+
+    def attention(m: Any, x: torch.Tensor) -> Any:
+        x = x + m.out(torch.softmax(m.q(x) @ m.k(x).mT, -1) @ m.v(x))
+        return x + m.down(m.up(x).relu())
+
+    def residual(m: Any, x: torch.Tensor) -> Any:
+        x = m.stem(x).relu()
+        return (x + m.second(m.first(x).relu())).relu()
+
+    convs = {name: nn.Conv2d(32, 32, 3, padding=1) for name in ("stem", "first", "second")}
+    cases = [(Model(attention, **layers), (2, 8, 32)), (Model(residual, **convs), (2, 32, 6, 6))]
+    for model, shape in cases:
+        data = [(torch.randn(shape),) for _ in range(8)]
+        found = []
+        for first in ("", "fuse-conv-bn-relu,", "merge-linears,"):
+            passes = f"{first}sparsify-2-4{{method={method}}}"
+            compiled = fxopt.compile(model, example_inputs=data[0], passes=passes, calibration=data, backend="torch")
+            record = next(one for one in compiled.report.passes if one.name == "sparsify-2-4")
+            assert record.details["permuted"]
+            assert not record.skips
+            found.append(compiled(*data[0]))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
+
+
+def test_merged_and_factorised_before_training() -> None:
+    model = Model(lambda m, x: m.q(x) * m.k(x), q=nn.Linear(64, 64), k=nn.Linear(64, 64))
+    x = torch.randn(4, 64)
+    prepared = fxopt.prepare(model, (x,), passes="merge-linears,low-rank-linear,sparsify-2-4")
+    held = {"q.weight.merged.low_rank_a", "q.weight.merged.low_rank_b"}
+    assert prepared.masked.patterns.keys() == held
+    compiled = prepared.eval().compile(backend="torch")
+    torch.testing.assert_close(compiled(x), prepared(x), atol=1e-5, rtol=1e-4)
+    assert all(Pattern().holds(compiled.graph.state_dict()[name]) for name in held)
+
+
 # Honesty.
 
 
