@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,12 @@ class Masked:
             for name, kept in self.kept(now, ratio).items():
                 tensor(self.masks[name]).logical_and_(kept)
         self.apply(tensor)
+
+    def of(self, names: Container[str]) -> Masked:
+        """What is left of it where of all weights those in *names* are left."""
+        masks = {name: mask for name, mask in self.masks.items() if name in names}
+        patterns = {name: pattern for name, pattern in self.patterns.items() if name in names}
+        return dataclasses.replace(self, masks=masks, patterns=patterns)
 
     def apply(self, tensor: Callable[[str], torch.Tensor]) -> None:
         """Set the weights to zero that are masked, in place."""

@@ -5,17 +5,19 @@ prepare ──train──▶ prepare ──train──▶ …      each round ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxopt import verify
+from fxopt import masks, verify
 from fxopt.capture import Captured
 from fxopt.errors import InputError, PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE
 from fxopt.program import Program
+from fxopt.rewriter import Rewriter
+from fxopt.sparsity import Pattern
 
 # Metadata of a parameter: the axes that a pass has cut, so that it leaves them alone when it runs again; and for each
 # axis which indices of the user's tensor are left, over all rounds.
@@ -41,6 +43,24 @@ def captured(program: Program, model: nn.Module, inputs: list[Any], tensor: Tens
         if isinstance(value, torch.Tensor):
             again.constants[name] = tensor(name).detach().clone()
     return Captured(again, model, inputs, verify.run(again, inputs)[: len(again.signature.outputs)])
+
+
+def check(program: Program, patterns: Mapping[str, Pattern], passes: Sequence[str]) -> None:
+    """That *passes* have left the weights of *program* the N:M *patterns* that an earlier round gave them, by name.
+
+    Raises:
+        PreconditionError: they have not.
+    """
+    settled = program.copy()
+    with torch.no_grad():
+        masks.fold(Rewriter(settled))
+    for name, pattern in patterns.items():
+        if not pattern.holds(settled.constants[name]):
+            raise PreconditionError(
+                f"{', '.join(passes)} would break the {pattern} sparsity that {name!r} has from an earlier "
+                f"fxopt.prepare: inputs were removed from groups of {pattern.m} neighbours. Prune before sparsify-2-4, "
+                f'or choose anew after it: passes="prune-channels{{multiple={pattern.m}}},sparsify-2-4"'
+            )
 
 
 def rewind(program: Program, tensor: Tensor, state: Mapping[str, torch.Tensor]) -> None:

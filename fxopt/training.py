@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxopt import masks, registry, spec
+from fxopt import masks, registry, rounds, spec
 from fxopt.backend import Backend
 from fxopt.calibration import Calibration
 from fxopt.capture import Captured, capture
@@ -106,7 +106,9 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     patterns = dict(earlier.patterns)
     for record in records:
         patterns |= record.details.get("patterns", {})
-    masked = dataclasses.replace(masked, patterns=patterns)
+    masked = dataclasses.replace(masked, patterns=patterns).of(program.constants)
+    if earlier.patterns:
+        rounds.check(program, masked.patterns, [one.name for one in listed if not one.exact])
     frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked)
     prepared = PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
     if isinstance(captured.model, PreparedModel):

@@ -435,6 +435,42 @@ def test_another_round_keeps_the_pattern() -> None:
     assert masks.NOTHING.patterns == {}
 
 
+def test_pruning_after_it_is_refused_at_once() -> None:
+    first = fxopt.prepare(small(), (X,), passes="sparsify-2-4")
+    message = r"prune-channels would break the 2:4 sparsity that '.*weight' has from an earlier fxopt.prepare"
+    with pytest.raises(PreconditionError, match=message):
+        fxopt.prepare(first, passes="prune-channels{multiple=4}")
+    again = fxopt.prepare(first, passes="prune-channels{multiple=4},sparsify-2-4").eval()
+    assert sum(p.numel() for p in again.parameters()) < 0.6 * sum(p.numel() for p in first.parameters())
+    compiled = again.compile(backend="torch")
+    torch.testing.assert_close(compiled(X), again(X), atol=1e-5, rtol=1e-4)
+    assert all(Pattern().holds(compiled.graph.state_dict()[name]) for name in again.masked.patterns)
+
+
+@pytest.mark.parametrize("first", ["sparsify-2-4", "sparsify-2-4{straight_through=true}", "prune-weights"])
+def test_blocks_that_go_after_it_take_their_masks_along(first: str) -> None:
+    model = Model(
+        lambda m, x: m.head((lambda y: y + m.b(y).relu())(x + m.a(x).relu())),
+        a=nn.Linear(16, 16),
+        b=nn.Linear(16, 16),
+        head=nn.Linear(16, 16),
+    )
+    x = torch.randn(4, 16)
+    before = fxopt.prepare(model, (x,), passes=first)
+    after = fxopt.prepare(before, passes="prune-blocks{count=1}", calibration=[(x,)]).eval()
+    assert len(after.masked.patterns) == (0 if first == "prune-weights" else 2)
+    if first == "prune-weights":
+        after.prune_weights(0.9)
+        assert float((after.tensor("head.weight") == 0).float().mean()) == pytest.approx(0.9, abs=0.02)
+    torch.testing.assert_close(after.compile(backend="torch")(x), after(x), atol=1e-5, rtol=1e-4)
+
+
+def test_low_rank_after_it_says_why_not() -> None:
+    first = fxopt.prepare(nn.Linear(64, 64), (torch.randn(2, 64),), passes="sparsify-2-4")
+    skips = fxopt.prepare(first, passes="low-rank-linear").skips
+    assert any("a mask holds zeros, which factors do not keep" in skip.reason for skip in skips)
+
+
 def test_rewind_finds_permuted_channels() -> None:
     model = small()
     prepared = fxopt.prepare(model, (X,), passes="sparsify-2-4")
