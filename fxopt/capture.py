@@ -139,7 +139,10 @@ def _forward_signature(model: nn.Module) -> inspect.Signature | None:
 
 
 _quiet_lock = threading.RLock()
-_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
+_LOGGERS = (
+    "torch.export", "torch._export", "torch.fx", "torch.fx.experimental.symbolic_shapes", "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+)  # fmt: skip
 
 
 @contextmanager

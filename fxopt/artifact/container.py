@@ -1,9 +1,9 @@
 """The file around an artifact: a zip of members as they are, each with its SHA-256 in the manifest.
 
-    m.fxopt = zip(manifest.json, graph.json, weights.safetensors, payload/…; comment: SHA-256 of the manifest)
+    m.fxopt = zip(manifest.json, graph.json, weights.safetensors, payload/…), comment: its SHA-256
 
 Nothing is compressed, so that no small file can unfold into a large one, and weights can be mapped from where they lie:
-each member begins at a multiple of 64 bytes. Writing is atomic: whoever reads the path sees the old file or the new one.
+each member begins at a multiple of 64 bytes. Writing is atomic: a reader of the path sees the old file or the new one.
 """
 
 from __future__ import annotations

@@ -91,7 +91,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]
     "open": (Open, (torch.randn(5, 4),), {"dynamic_shapes": {"x": {0: "n"}}}),
     "bf16": (Small, (torch.randn(2, 3, 8, 8),), {"passes": "cast-precision{dtype=bf16}"}),
     "2:4": (lambda: nn.Linear(64, 64), (torch.randn(2, 64),), {"passes": "sparsify-2-4"}),
-    "int4": (lambda: nn.Linear(64, 64), (torch.randn(2, 64),), {"passes": "insert-fake-quant{activations=none,weights=int4}"}),
+    "int4": (
+        lambda: nn.Linear(64, 64), (torch.randn(2, 64),),
+        {"passes": "insert-fake-quant{activations=none,weights=int4}"},
+    ),
     "int8": (
         Small, (torch.randn(2, 3, 8, 8),),
         {"passes": "insert-fake-quant", "calibration": [(torch.randn(2, 3, 8, 8),) for _ in range(4)]},
@@ -308,7 +311,7 @@ def test_damage_is_found(saved: Path, tmp_path: Path) -> None:
     whole, path = saved.read_bytes(), tmp_path / "m.fxopt"
     for cut in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ArtifactError, match="no fxopt artifact|cut off|damaged"):
+        with pytest.raises(ArtifactError, match=r"no fxopt artifact|cut off|damaged"):
             fxopt.load(path)
     for name, content in members(saved).items():
         at = whole.index(content) + len(content) // 2

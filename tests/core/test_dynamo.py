@@ -1,0 +1,321 @@
+"""``torch.compile(model, backend="fxopt")``: right answers whatever changes between calls, or the graph as it is."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._export.db.examples import all_examples
+from torch.testing._internal import common_quantization
+from torch.utils import _pytree as pytree
+
+import fxopt
+from fxopt import dynamo
+from tools import models, zoo
+
+EXAMPLES = all_examples()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    dynamo._say_once.cache_clear()
+
+
+def same(a: Any, b: Any) -> bool:
+    (leaves, spec), (others, other) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    pairs = zip(leaves, others, strict=True)
+    return spec == other and all(
+        torch.allclose(x, y, atol=1e-5, rtol=1e-4) if isinstance(x, torch.Tensor) else x == y for x, y in pairs
+    )
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        result: torch.Tensor = self.last(self.norm(self.first(x)).relu()) * scale
+        return result
+
+
+class Pair:
+    """A model and its compiled twin; a call compares them."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.model = model.eval()
+        self.twin = copy.deepcopy(model)
+        self.compiled = torch.compile(self.twin, backend="fxopt", **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            expected = self.model(*copy.deepcopy(args), **kwargs)
+            assert same(self.compiled(*copy.deepcopy(args), **kwargs), expected)
+
+    def both(self, change: Callable[[Any], object]) -> None:
+        with torch.no_grad():
+            change(self.model)
+            change(self.twin)
+
+
+def newest() -> fxopt.CompiledModel:
+    return dynamo.compiled_models()[-1]
+
+
+def test_weights_are_constants_and_lines_are_the_users() -> None:
+    pair = Pair(Net(), fullgraph=True)
+    pair(torch.randn(2, 4))
+    assert newest().backend == "torch"
+    graph = newest().graph
+    assert [node.target for node in graph.graph.nodes if node.op == "placeholder"] == ["x"]
+    assert "first.weight" in newest().report.__str__() or "fuse-conv-bn-relu" in str(newest().report)
+    line = inspect.getsourcelines(Net.forward)[1] + 1
+    assert any(f'test_dynamo.py", line {line}' in node.meta.get("stack_trace", "") for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.first.weight.mul_(2),
+        lambda m: m.norm.running_mean.add_(1),
+        lambda m: setattr(m.first, "weight", nn.Parameter(torch.ones(8, 4))),
+        lambda m: setattr(m.last.bias, "data", torch.ones(3)),
+        lambda m: m.load_state_dict({k: v * 3 for k, v in m.state_dict().items()}),
+        lambda m: m.load_state_dict({k: v * 3 for k, v in m.state_dict().items()}, assign=True),
+    ],
+)
+def test_a_changed_weight_is_noticed(change: Callable[[Any], object]) -> None:
+    pair, x = Pair(Net()), torch.randn(2, 4)
+    pair(x)
+    pair.both(change)
+    pair(x)
+    pair(x)
+
+
+def test_training_between_calls() -> None:
+    pair, x = Pair(Net()), torch.randn(5, 4)
+    for step in range(3):
+        pair(x)
+        for one in (pair.model, pair.twin):
+            torch.manual_seed(step)
+            one.train()
+            optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+            one(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            one.eval()
+    pair(x)
+
+
+def test_weights_that_never_rest_run_as_they_are() -> None:
+    pair, x = Pair(Net()), torch.randn(2, 4)
+
+    def go() -> None:
+        for _ in range(10):
+            pair(x)
+            pair.both(lambda m: m.first.weight.mul_(1.1))
+
+    with pytest.warns(UserWarning, match="runs as it is, not compiled: its weights, numbers or sizes have changed 8"):
+        go()
+    pair(x)
+
+
+def test_buffers_that_the_model_writes_to() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.zeros(1))
+            self.n: torch.Tensor
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.n += x.shape[0]
+            result: torch.Tensor = self.linear(x) + self.n
+            return result
+
+    pair = Pair(Counter())
+    for rows in (2, 2, 3, 4):
+        pair(torch.randn(rows, 4))
+    assert torch.equal(pair.twin.get_buffer("n"), torch.tensor([11.0]))
+    assert newest().graph.graph.find_nodes(op="get_attr")
+
+
+def test_open_sizes_and_numbers() -> None:
+    pair = Pair(Net())
+    for rows in (2, 3, 7, 1, 2):
+        pair(torch.randn(rows, 4))
+    for scale in (2.0, 3.0, 4.0, 3.0):
+        pair(torch.randn(2, 4), scale)
+        pair(torch.randn(2, 4), scale=scale)
+    marked = Pair(Net())
+    x = torch.randn(6, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    marked(x)
+    before = len(dynamo.compiled_models())
+    marked(torch.randn(9, 4))
+    assert len(dynamo.compiled_models()) == before
+
+
+def test_dynamic_shapes_of_everything() -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: torch.Tensor, count: int) -> Any:
+            return x.reshape(-1)[:count] * x.shape[0], count + 1, x.shape[1] // 2
+
+    pair = Pair(Sizes(), dynamic=True)
+    for rows, columns, count in ((4, 6, 3), (5, 6, 4), (5, 8, 4)):
+        pair(torch.randn(rows, columns), count)
+
+
+def test_graph_breaks_hooks_keywords_and_outputs() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: torch.Tensor, *, flag: bool = False) -> dict[str, Any]:
+            y = self.net(x)
+            torch._dynamo.graph_break()
+            return {"y": y + 1 if flag else y - 1, "rest": [x, None, "text"]}
+
+    model = Broken()
+    model.net.register_forward_hook(lambda module, args, output: output * 2)
+    pair, before = Pair(model), len(dynamo.compiled_models())
+    pair(torch.randn(2, 4), flag=True)
+    pair(torch.randn(2, 4))
+    assert len(dynamo.compiled_models()) >= before + 2
+
+
+def test_inference_mode() -> None:
+    model = Net().eval()
+    compiled, x = torch.compile(model, backend="fxopt"), torch.randn(2, 4)
+    with torch.inference_mode():
+        assert same(compiled(x), model(x))
+        assert same(compiled(x), model(x))
+        inside = Net().eval()  # weights without a version
+        compiled = torch.compile(inside, backend="fxopt")
+        assert same(compiled(x), inside(x))
+        inside.first.weight.mul_(2)
+        assert same(compiled(x), inside(x))
+
+
+def test_gradients_run_as_they_are_and_say_so_once() -> None:
+    model = Net()
+    compiled, x = torch.compile(model, backend="fxopt"), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="gradients are on .* call it under torch.no_grad"):
+        compiled(x).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(same(p.grad, expected[name]) for name, p in model.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(Net(), backend="fxopt")(x)
+
+
+def test_passes_and_calibration() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    data = [(torch.randn(8, 64),) for _ in range(4)]
+    options: dict[str, Any] = {"passes": "insert-fake-quant", "calibration": data, "backend": "onnx"}
+    compiled = torch.compile(model, backend="fxopt", options=options)
+    with torch.no_grad():
+        difference = (compiled(data[0][0]) - model(data[0][0])).abs().max()
+    assert 0 < difference < 0.2
+    assert newest().report.quantization is not None
+    assert newest().backend == "onnx"
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    compiled = torch.compile(model, backend="fxopt", options={"backend": "openvino"})
+    model.double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with torch.no_grad(), pytest.warns(UserWarning, match="runs as it is, not compiled: OpenVINO computes float64"):
+        assert same(compiled(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"options": {"target_": "x86"}}, "no option 'target_'. Did you mean 'target'"),
+        ({"options": {"target": "x68"}}, "unknown target 'x68'"),
+        ({"options": {"passes": "prune"}}, "unknown pass 'prune'"),
+        ({"options": {"passes": "insert-fake-quant"}}, "pass calibration="),
+        ({"mode": "max-autotune"}, "no mode 'max-autotune'"),
+    ],
+)
+def test_wrong_options_are_errors(arguments: dict[str, Any], message: str) -> None:
+    compiled = torch.compile(Net().eval(), backend="fxopt", **arguments)
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+        compiled(torch.randn(2, 4))
+
+
+def test_nothing_has_to_be_imported() -> None:
+    code = (
+        "import torch; model = torch.nn.Linear(2, 2); x = torch.ones(1, 2)\n"
+        "with torch.no_grad():\n"
+        "    assert torch.allclose(torch.compile(model, backend='fxopt')(x), model(x))\n"
+        "assert 'fxopt' in torch.compiler.list_backends()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_torch_export(name: str) -> None:
+    case = EXAMPLES[name]
+    args, kwargs = case.example_args, case.example_kwargs
+    expected = copy.deepcopy(case.model)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    compiled = torch.compile(copy.deepcopy(case.model), backend="fxopt")
+    with torch.no_grad():
+        assert same(compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs)), expected)  # type: ignore[no-untyped-call]
+
+
+def _quantization_models() -> dict[str, type[nn.Module]]:
+    """PyTorch's own models that say what inputs they take, and can be made without arguments."""
+    found = {}
+    for name, kind in vars(common_quantization).items():
+        if not (inspect.isclass(kind) and issubclass(kind, nn.Module) and hasattr(kind, "get_example_inputs")):
+            continue
+        needed = [p for p in list(inspect.signature(kind.__init__).parameters.values())[1:] if p.default is p.empty]
+        if not [p for p in needed if p.kind is p.POSITIONAL_OR_KEYWORD]:
+            found[name] = kind
+    return found
+
+
+QUANTIZATION = _quantization_models()
+
+
+@pytest.mark.parametrize("name", QUANTIZATION)
+def test_quantization_models_of_torch(name: str) -> None:
+    torch.manual_seed(0)
+    make: Any = QUANTIZATION[name]
+    model = make().eval()
+    pair = Pair(model)
+    pair(*model.get_example_inputs())
+
+
+@pytest.mark.parametrize("name", models.transformers_names())
+def test_transformers(name: str) -> None:
+    model, inputs = models.load(name, small=True)
+    compiled = torch.compile(model, backend="fxopt")
+    with torch.no_grad():
+        assert zoo.relative_error(compiled(*inputs), model(*inputs)) <= zoo.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_torchvision(name: str) -> None:
+    model, inputs = models.load(name, small=True)
+    compiled = torch.compile(model, backend="fxopt")
+    with torch.no_grad():
+        assert zoo.relative_error(compiled(*inputs), model(*inputs)) <= zoo.TOLERANCE
+    zoo.free_memory()
