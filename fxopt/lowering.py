@@ -15,7 +15,7 @@ from fxopt import cost, ops, registry, sparse_packing, verify
 from fxopt.backend import Backend, Executable
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
-from fxopt.errors import BackendUnavailable, UnsupportedOp, VerifyError
+from fxopt.errors import BackendUnavailable, PreconditionError, UnsupportedOp, VerifyError
 from fxopt.measure import latency_ms
 from fxopt.passbase import Pass
 from fxopt.pipeline import Pipeline, State
@@ -100,6 +100,7 @@ class Lowering:
     def best(self) -> Variant:
         """The variant on the fastest backend that is installed and takes this program."""
         best: Variant | None = None
+        failed = dict[str, Exception]()
         for name in self.plan.target.backends:
             try:
                 cls = registry.find_backend(name)
@@ -112,15 +113,20 @@ class Lowering:
                 continue
             except Exception as error:  # noqa: BLE001 - one broken engine must not keep the others from being tried
                 self.candidates[name] = f"failed, {type(error).__name__}: {error}"
-                warnings.warn(f"fxopt: backend {name} is left out, it failed: {error}", stacklevel=4)
+                failed[name] = error
                 continue
             if not self.plan.target.runs_here:
-                return self._finish(variant)
+                best = variant
+                break
             with self.stages.stage("measure"):
                 latency = self._latency(variant)
             self.candidates[name] = latency
             if best is None or latency < self.latency_ms["fxopt"]:
                 best, self.latency_ms["fxopt"] = variant, latency
+        if best is None and failed and all(isinstance(error, PreconditionError) for error in failed.values()):
+            raise next(iter(failed.values()))  # what a pass asks for, the others would ask for as well
+        for name, reason in failed.items():
+            warnings.warn(f"fxopt: backend {name} is left out, it failed: {reason}", stacklevel=4)
         if best is None:
             reasons = "; ".join(f"{k}: {v}" for k, v in self.candidates.items())
             raise BackendUnavailable(f"no backend of target {self.plan.target} takes this model: {reasons}")

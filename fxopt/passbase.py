@@ -91,6 +91,18 @@ class PassContext:
         for leaves, rest in self.calibration.labelled():
             yield leaves, functools.partial(self._loss_of, rest)
 
+    def require_measuring(self, who: str, instead: str) -> None:
+        """That ``latency`` or ``build`` is there, which *who* needs; *instead* says what to write without them.
+
+        Raises:
+            PreconditionError: neither is.
+        """
+        if self.latency is None and self.build is None:
+            reason = f"target {self.target} cannot run here: compile on such a machine"
+            if self.target.runs_here:
+                reason = "no engine is chosen yet in fxopt.prepare: let fxopt.compile run this pass"
+            raise PreconditionError(f"{who} is measured, and {reason}, or {instead}")
+
     def _loss_of(self, rest: Sequence[Any], outputs: Sequence[Any]) -> Any:
         assert self.loss is not None
         assert self.calibration is not None

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from fxopt import fastest, ops, registry
-from fxopt.errors import PreconditionError
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 
@@ -21,14 +20,11 @@ def choose_by_latency(one: Quantization, exact: Program) -> None:
     """Take layers out of ``one.modes``, into ``one.halves`` or to float, as the engine runs *exact* fastest.
 
     Raises:
-        PreconditionError: the target cannot run here.
+        PreconditionError: nothing can be measured.
     """
     build, modes, half = one.ctx.build, dict(one.modes), one.scheme.half
-    if build is None:
-        raise PreconditionError(
-            f"objective=latency measures, and target {one.ctx.target} cannot run here: compile on such a machine, "
-            "or use objective=coverage"
-        )
+    one.ctx.require_measuring("objective=latency", "use objective=coverage")
+    assert build is not None
     finish = registry.find_pass("freeze-quantized-weights")()
     native = half and torch.bfloat16 in one.ctx.target.native_dtypes
     names = [n.name for n in exact.graph.nodes if n.name in modes or (native and _is_free(n, one.reasons))]

@@ -95,7 +95,7 @@ def refusal(
 ) -> str | None:
     """Why the *weight* that *constant* stands for, which *users* read as theirs, cannot be factorised; or None."""
     if constant.op == "call_function":
-        return "its weight is not a constant: the graph computes it, as where a mask holds zeros, which factors do not keep"
+        return "its weight is not a constant but computed, as where a mask holds zeros, which factors do not keep"
     if weight is None or not weight.is_floating_point() or not weight.numel():
         return "its weight is not a constant of floating-point numbers"
     if any(fnmatch.fnmatchcase(str(constant.target), pattern) for pattern in keep):

@@ -51,11 +51,8 @@ class Trials(Generic[Rank]):
         return self.ctx.latency(trial)
 
     def _finished(self, ranks: Mapping[str, Rank]) -> Program:
-        if self.ctx.latency is None or self.ctx.build is None:
-            raise PreconditionError(
-                f"{self.who.name} is to measure, and target {self.ctx.target} cannot run here, or no engine is chosen "
-                "yet as in fxopt.prepare: give ratio, params or macs"
-            )
+        what = "objective=latency" if getattr(self.who, "latency_ms", None) is None else "latency_ms"
+        self.ctx.require_measuring(what, "give ratio, params or macs alone")
         trial = self.factorised(ranks)
         for name in _LATER:
             registry.find_pass(name)().run(Rewriter(trial), self.ctx)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal
 
 from fxopt import registry
-from fxopt.errors import PreconditionError, SpecError
+from fxopt.errors import SpecError
 from fxopt.passbase import CLEANING, FINISHING, Pass, PassContext
 from fxopt.passes.prune_channels import budget, compensation, criteria, evidence, surgery
 from fxopt.passes.prune_channels.coupling import groups_of
@@ -198,11 +198,8 @@ class PruneChannels(Pass):
 
     def _latency(self, ctx: PassContext, program: Program, plan: PruningPlan) -> float:
         """Milliseconds of *program* with *plan* carried out, and with what later passes make faster."""
-        if ctx.latency is None:
-            raise PreconditionError(
-                f"latency_ms measures, and target {ctx.target} cannot run here, or no engine is chosen yet as in "
-                "fxopt.prepare: give macs or params"
-            )
+        ctx.require_measuring("latency_ms", "give macs or params")
+        assert ctx.latency is not None
         trial = program.copy()
         groups = find_groups(trial)
         if plan.groups:

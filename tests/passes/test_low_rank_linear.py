@@ -400,8 +400,39 @@ def test_budgets_that_cannot_be_reached_and_missing_data_are_errors() -> None:
     for options in ("method=whitened", "cosine=0.9"):
         with pytest.raises(PreconditionError, match="calibration"):
             check_pass(f"low-rank-linear{{{options}}}", mlp(), x)
-    with pytest.raises(PreconditionError, match="measure"):
-        fxopt.prepare(mlp(), x, passes="low-rank-linear{objective=latency}")
+
+
+@pytest.mark.parametrize(
+    ("one", "what"),
+    [
+        ("low-rank-linear", "objective=latency"),
+        ("low-rank-linear", "latency_ms=1"),
+        ("low-rank-conv", "objective=latency"),
+        ("low-rank-conv", "latency_ms=0.001"),
+        ("prune-channels", "latency_ms=0.001"),
+    ],
+)
+def test_what_cannot_be_measured_says_why(one: str, what: str, recwarn: pytest.WarningsRecorder) -> None:
+    """One cause, that which applies, and not once for each engine."""
+    model = chain(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.Flatten(), linear(64, 64), linear(64, 64))
+    x, passes = (torch.randn(2, 16, 6, 6),), f"{one}{{{what}}}"
+    start = rf"{one}: {what.partition('=')[0]}.* is measured, and "
+    for target in ("cortex-a76", "sm_120"):
+        with pytest.raises(PreconditionError, match=f"{start}target {target} cannot run here") as caught:
+            fxopt.compile(model, target=target, example_inputs=x, passes=passes)
+        assert "fxopt.prepare" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 2
+    with pytest.raises(PreconditionError, match=f"{start}no engine is chosen yet in fxopt.prepare") as caught:
+        fxopt.prepare(model, x, passes=passes)
+    assert "cannot run here" not in str(caught.value)
+    assert not [one for one in recwarn if "is left out" in str(one.message)]
+
+
+def test_a_budget_that_no_engine_can_reach_is_one_error(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(PreconditionError, match=r"latency_ms=1e-06 cannot be reached") as caught:
+        fxopt.compile(mlp(), example_inputs=(torch.randn(3, 64),), passes="low-rank-linear{latency_ms=0.000001}")
+    assert str(caught.value).count("cannot be reached") == 1
+    assert not [one for one in recwarn if "is left out" in str(one.message)]
 
 
 @pytest.mark.parametrize("options", ["cosine=0.9", "top1=0.9"])
