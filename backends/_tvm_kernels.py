@@ -1,0 +1,263 @@
+"""The one kernel: a register tile of rows × columns that a loop over the reduction adds products to.
+
+    for each block of columns, for each tile of rows:
+        acc[rows][columns] = 0                                     registers
+        for k: for row: for vector: acc[row][vector] += A(row, k) · W[block][k][vector]
+        out[row][column] = epilogue(acc[row][column])
+
+Convolutions (channels last), grouped and depthwise ones, and matrix products differ in the function A(row, k) alone,
+which is the stage's own load. Constant weights lie packed: for each block of columns K rows of as many floats, the last
+block as narrow as it is, rounded up to vectors. LLVM turns the product into fused multiply-adds with a broadcast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+from tvm.tirx import ForKind
+
+from fxopt.backends._tvm_expressions import depends, zero
+from fxopt.backends._tvm_loops import (
+    Buffer,
+    Expr,
+    Stmt,
+    block,
+    chunks,
+    index,
+    load,
+    local,
+    loop,
+    parallel,
+    product,
+    static,
+    store,
+    unravel,
+    vector,
+)
+from fxopt.backends._tvm_lowering import Lowering, Point, finish
+from fxopt.backends._tvm_stages import Stage
+
+_SMALL_WEIGHTS = 1 << 18  # bytes; up to here they stay in the second-level cache while all rows pass by
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Sizes of a kernel.
+
+    Attributes:
+        lanes: floats of a vector.
+        vectors: vectors of a block of columns.
+        rows: rows of a tile.
+    """
+
+    lanes: int
+    vectors: int
+    rows: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return self.lanes * self.vectors
+
+
+def emit(lowering: Lowering, stage: Stage, last: Stage) -> list[Stmt]:
+    """Statements that compute *stage* and store *last*, which finishes it elementwise or is *stage* itself."""
+    return _Kernel(lowering, stage, last).statements()
+
+
+class _Kernel:
+    def __init__(self, lowering: Lowering, stage: Stage, last: Stage) -> None:
+        self.lowering, self.stage, self.last = lowering, stage, last
+        how = stage.kernel
+        self.tile = Tile(int(how["lanes"]), int(how["vectors"]), int(how["rows"]))
+        self.packed, self.lanewise = bool(how["packed"]), bool(how["lanewise"])
+        self.dtype = str(stage.buffer.dtype)
+        *outer, row = stage.extents[:-1]
+        self.outer, self.rows = ([], product([*outer, row])) if how["flat"] else (list(outer), index(row))
+        self.columns = stage.extents[-1]
+        self.left, self.right = (stage.value.a, stage.value.b)
+
+    def statements(self) -> list[Stmt]:
+        tiles, full_tiles, left_rows = _split(self.rows, self.tile.rows)
+        blocks, full_blocks, left_columns = _split(self.columns, self.tile.columns)
+        outer = product(self.outer)
+        few_weights = self._weight_bytes() <= _SMALL_WEIGHTS
+        sizes = [outer, tiles, blocks] if few_weights else [blocks, outer, tiles]
+
+        def task(number: Expr) -> list[Stmt]:
+            at = unravel(number, sizes)
+            o, t, b = at if few_weights else (at[1], at[2], at[0])
+            outer_at = unravel(o, self.outer) if self.outer else []
+
+            def some(first: Expr, rows: int) -> Stmt:
+                return _cases(
+                    b, self.tile.columns, full_blocks, left_columns,
+                    lambda start, columns: block(self._compute(outer_at, first, rows, start, columns)),
+                )  # fmt: skip
+
+            return [_cases(t, self.tile.rows, full_tiles, left_rows, some)]
+
+        return [parallel(product(sizes), task)]
+
+    def _weight_bytes(self) -> int:
+        size = static(product([*self.stage.reduced_extents, self.columns]))
+        return 4 * size if size is not None else _SMALL_WEIGHTS + 1
+
+    def _compute(self, outer: Sequence[Expr], first: Expr, rows: int, start: Expr, columns: int) -> list[Stmt]:
+        """One tile: *rows* rows from *first*, and *columns* columns from *start*."""
+        pieces = self._pieces(columns)
+        acc = [[local(lanes, self.dtype, f"acc_{r}_{j}") for j, (_, lanes) in enumerate(pieces)] for r in range(rows)]
+        at = [self._indices(outer, first, r) for r in range(rows)]
+        statements: list[Stmt] = [tirx.AllocBuffer(a) for row in acc for a in row]
+        for row in acc:
+            for a, (_, lanes) in zip(row, pieces, strict=True):
+                statements.append(vector(lanes, functools.partial(self._clear, a)))
+        statements += self._reduce(lambda k: self._step(acc, at, start, pieces, k))
+        for r in range(rows):
+            for a, (offset, lanes) in zip(acc[r], pieces, strict=True):
+                statements += self._finish(a, [*at[r], start + offset], min(lanes, columns - offset))
+        return statements
+
+    def _clear(self, a: Buffer, lane: Expr) -> list[Stmt]:
+        return [store(a, zero(self.dtype), [lane])]
+
+    def _pieces(self, columns: int) -> list[tuple[int, int]]:
+        """Offset and lanes of the vectors of *columns* columns. Packed weights have zeros to fill up the last one."""
+        if not self.packed or self.lanewise:
+            return chunks(columns, self.tile.lanes)
+        return [(offset, self.tile.lanes) for offset in range(0, columns, self.tile.lanes)]
+
+    def _indices(self, outer: Sequence[Expr], first: Expr, r: int) -> list[Expr]:
+        """All indices of the stage but the column, for row *first* + *r*."""
+        row = first + r if r else first
+        return unravel(row, self.stage.extents[:-1]) if self.stage.kernel["flat"] else [*outer, row]
+
+    def _reduce(self, step: Callable[[Sequence[Expr]], list[Stmt]]) -> list[Stmt]:
+        """Loops over the reduced axes around *step*; short ones of lanewise kernels are unrolled."""
+
+        def nest(left: Sequence[Expr], at: list[Expr]) -> list[Stmt]:
+            if not left:
+                return step(at)
+            kind = ForKind.UNROLLED if self.lanewise else ForKind.SERIAL
+            return [loop(left[0], lambda k: nest(left[1:], [*at, k]), kind, "k")]
+
+        return nest(self.stage.reduced_extents, [])
+
+    def _step(
+        self, acc: Sequence[Sequence[Buffer]], at: Sequence[Sequence[Expr]], start: Expr,
+        pieces: Sequence[tuple[int, int]], k: Sequence[Expr],
+    ) -> list[Stmt]:  # fmt: skip
+        """One step of the reduction for all accumulators."""
+        width = -(-(pieces[-1][0] + pieces[-1][1]) // self.tile.lanes) * self.tile.lanes
+        statements = []
+        for r, row in enumerate(acc):
+            for a, (offset, lanes) in zip(row, pieces, strict=True):
+
+                def add(lane: Expr, a: Buffer = a, r: int = r, offset: int = offset) -> list[Stmt]:
+                    column = start + offset + lane
+                    x = self._operand(self.left, [*at[r], column if self.lanewise else start], k)
+                    if self.packed:
+                        w = self._weight(start, width, offset + lane, k)
+                    else:
+                        w = self._operand(self.right, [*at[r], column], k)
+                    return [store(a, load(a, [lane]) + x * w, [lane])]
+
+                statements.append(vector(lanes, add))
+        return statements
+
+    def _operand(self, term: Expr, at: Sequence[Expr], k: Sequence[Expr]) -> Expr:
+        variables = dict(zip([*self.stage.axes, *self.stage.reduced], [*at, *k], strict=True))
+        return Point(self.lowering).value(term, variables)
+
+    def _weight(self, start: Expr, width: int, column: Expr, k: Sequence[Expr]) -> Expr:
+        """From the packed weights: blocks of K rows, each row *width* floats."""
+        depth = product(self.stage.reduced_extents)
+        flat = index(0)
+        for extent, i in zip(self.stage.reduced_extents, k, strict=True):
+            flat = flat * index(extent) + i
+        return load(self.right.source, [start * depth + flat * width + column])
+
+    def _finish(self, a: Buffer, at: Sequence[Expr], valid: int) -> list[Stmt]:
+        """Store the first *valid* lanes of accumulator *a*, whose first is element *at*."""
+        statements: list[Stmt] = []
+        for offset, lanes in chunks(valid, self.tile.lanes):
+
+            def body(lane: Expr, offset: int = offset) -> list[Stmt]:
+                lane = lane + offset if offset else lane
+                hooks = {self.stage.buffer: lambda _: load(a, [lane])}
+                return finish(self.lowering, self.last, [*at[:-1], at[-1] + lane], hooks)
+
+            statements.append(vector(lanes, body))
+        return statements
+
+
+def _split(extent: Expr, size: int) -> tuple[Expr, Expr, int | None]:
+    """How many parts of *size* there are, how many of them are full, and the size of the last.
+
+    That is None where it is known at run time: then what is left is taken one by one.
+    """
+    number = static(extent)
+    if number is not None:
+        return index(-(-number // size)), index(number // size), number % size
+    full = tirx.FloorDiv(index(extent), index(size))
+    if size == 1 or _is_multiple(extent, size):
+        return full, full, 0
+    return full + tirx.FloorMod(index(extent), index(size)), full, None
+
+
+def _cases(part: Expr, size: int, full: Expr, left: int | None, body: Callable[[Expr, int], Stmt]) -> Stmt:
+    """*body* of the start and size of part number *part*, as :func:`_split` counts them."""
+    if left == 0:
+        return body(part * size, size)
+    rest = body(full * size + (part - full), 1) if left is None else body(full * size, left)
+    if static(full) == 0:
+        return rest
+    return tirx.IfThenElse(tirx.LT(part, full), body(part * size, size), rest)
+
+
+def _is_multiple(size: Expr, factor: int) -> bool:
+    """Whether *size*, a product, has a constant factor that *factor* divides."""
+    if isinstance(size, tirx.Mul):
+        return _is_multiple(size.a, factor) or _is_multiple(size.b, factor)
+    number = static(size)
+    return number is not None and number % factor == 0
+
+
+def reads_columns(stage: Stage) -> bool:
+    """Whether the left operand of *stage* depends on its column, as in a depthwise convolution."""
+    return depends(stage.value.a, stage.axes[-1])
+
+
+def choose(rows: int | None, columns: int, lanes: int, registers: int, most_rows: int = 14) -> Tile:
+    """The tile that needs the least time for a matrix of *rows* × *columns* (rows None: unknown, many).
+
+    A step of the reduction costs one multiply-add for each vector of the tile, at least as many as its latency
+    hides, and the loads of the weights; partial tiles at the edges cost what they compute.
+    """
+    best, least = Tile(lanes, 1, 1), float("inf")
+    for vectors in range(1, 5):
+        if vectors > -(-columns // lanes):
+            break
+        for height in range(1, most_rows + 1):
+            if height * vectors + vectors > registers or (rows is not None and height > rows):
+                break
+            cost = _cost(rows, columns, Tile(lanes, vectors, height))
+            if cost < least:
+                best, least = Tile(lanes, vectors, height), cost
+    return best
+
+
+def _cost(rows: int | None, columns: int, tile: Tile) -> float:
+    whole, rest = divmod(columns, tile.columns)
+    widths = [tile.vectors] * whole + ([-(-rest // tile.lanes)] if rest else [])
+    count = rows if rows is not None else 16 * tile.rows
+    full, left = divmod(count, tile.rows)
+
+    def step(h: int, v: int) -> float:
+        return max(h * v, 8, v * 2) + 0.5 * v + 0.05 * h
+
+    total = sum(full * step(tile.rows, v) + (step(left, v) if left else 0) for v in widths)
+    return total / (1 if rows is not None else count)

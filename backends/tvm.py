@@ -1,0 +1,105 @@
+"""TVM as the engine: the ONNX file compiled to machine code with loops of ours, ahead of time and without tuning.
+
+    program ──export──▶ ONNX file ──import──▶ Relax, channels last ──operators as stages, weights packed──▶
+    fused functions ──our loops──▶ LLVM ──▶ library + parameters     .save("model.so") writes both
+
+TVM's own code is two orders of magnitude slower than a library before it is tuned, so none of its schedules are used.
+Instead every function that is left after fusion is taken apart into the tensors that it computes (_tvm_stages), and
+loops are written for them from a few rules (_tvm_schedule): one register-tiled kernel for convolutions and matrix
+products (_tvm_kernels), whose weights are packed when the model is built (_tvm_operators), with everything elementwise
+after it in its registers; vectorized reductions and elementwise loops for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.backend import Backend, Executable, check_threads
+from fxopt.backends._onnx_executable import FileExecutable, runs_here
+from fxopt.backends._onnx_export import export
+from fxopt.backends._onnx_file import OnnxFile
+from fxopt.errors import UnsupportedOp
+from fxopt.program import Program
+from fxopt.target import Target
+
+
+class TvmExecutable(FileExecutable):
+    """A library compiled by TVM, and its parameters. Calls may run side by side, on virtual machines of their own."""
+
+    engine: ClassVar[str] = "TVM"
+    product: ClassVar[str] = "model.so"
+
+    def __init__(self, file: OnnxFile, target: Target, built: Any, threads: int | None) -> None:
+        """*built* is a ``_tvm_build.Built``."""
+        super().__init__(file, target, runs_here=runs_here(target))
+        self._built = built
+        self._threads = threads
+
+    def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        results: list[torch.Tensor] = self._built.run(list(feed.values()), self._threads or torch.get_num_threads())
+        return results
+
+    def save(self, path: Path) -> None:
+        """Write the library, and its parameters beside it: ``model.so`` and ``model.params``.
+
+        The two load with the TVM runtime alone: see ``_tvm_build.Built.save``.
+
+        Raises:
+            ArtifactError: another suffix than .so or .tar, no linker for the target, or it cannot be written.
+        """
+        self._built.save(path)
+
+    def nbytes(self) -> int:
+        """Bytes of the parameters, as they are packed."""
+        size: int = self._built.nbytes()
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
+class TvmBackend(Backend):
+    """Compiles the exported ONNX file with TVM.
+
+    Attributes:
+        threads: threads for one call; None for as many as torch uses.
+    """
+
+    name: ClassVar[str] = "tvm"
+    requires: ClassVar[tuple[str, ...]] = ("tvm", "onnx", "onnxscript")
+    install: ClassVar[str] = "'fxopt[tvm]'"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+
+    def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
+        """The program as a library; weights move from the program into an ONNX file and into packed parameters.
+
+        Raises:
+            UnsupportedOp: ONNX or TVM cannot express an op, or the model keeps state.
+            BackendUnavailable: TVM is not installed.
+        """
+        self.require()
+        from fxopt.backends import _tvm_build
+        from fxopt.backends._tvm_target import machine
+
+        facts = machine(target)
+        file = export(program)
+        with _explained(file):
+            return TvmExecutable(file, target, _tvm_build.build(file, facts), self.threads)
+
+
+@contextlib.contextmanager
+def _explained(file: OnnxFile) -> Any:
+    """TVM's errors as ours."""
+    try:
+        yield
+    except UnsupportedOp:
+        raise
+    except Exception as error:
+        raise UnsupportedOp(f"TVM cannot compile this model: {file.explain(error)}") from error
