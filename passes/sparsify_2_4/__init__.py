@@ -27,11 +27,11 @@ from fxopt.passbase import CLEANING, ROUNDING, Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
 from fxopt.passes.prune_channels.groups import find_groups
-from fxopt.passes.sparsify_2_4 import candidates, criteria, means, permutation
+from fxopt.passes.sparsify_2_4 import candidates, criteria, means, moments, permutation
 from fxopt.passes.sparsify_2_4.candidates import Candidate
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
-from fxopt.sparsity import N_OF_M, Pattern
+from fxopt.sparsity import N_OF_M, Pattern, matrix
 
 __all__ = ["SparsifyNM"]
 
@@ -45,7 +45,7 @@ class SparsifyNM(Pass):
     Attributes:
         n: how many of the neighbours stay; ``m``: how many neighbours there are.
         method: what chooses; "wanda" and "sparsegpt" look at calibration data and keep the mean of each output channel,
-            "sparsegpt" also moves what stays.
+            "sparsegpt" also moves what stays, and wants two rows of data or more for each input of a layer.
         permute: put channels in a better order first.
         keep: shell patterns; weights whose name fits stay as they are.
         damping: for sparsegpt, added to the diagonal of H, as a fraction of its mean.
@@ -137,11 +137,13 @@ class SparsifyNM(Pass):
             return {one.name: criteria.magnitude(one.value(rewriter), self.pattern) for one in left}
         names = {one.units[0]: one.name for one in left}
         found, means_of = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        rows = dict[str, tuple[int, int]]()
         walk = layerwise.Walk(rewriter.program, layerwise.batches(self, rewriter, ctx, self.samples), names)
 
         def visit(layer: Layer) -> Change:
             progress.say(f"{self.name}: layer {len(found) + 1} of {len(names)}")
             weight = found[names[layer.node]] = self._by_data(rewriter, layer)
+            rows[layer.node.name] = moments.count(layer), matrix(weight).shape[1]
             place = means.place(rewriter, layer.node)
             if place is None:
                 return Change(weight)
@@ -154,7 +156,24 @@ class SparsifyNM(Pass):
         walk.run(visit)
         if means_of:
             rewriter.resize(means_of, {})
+        if self.method == "sparsegpt":
+            self._warn_of_few(rewriter, rows)
         return found
+
+    def _warn_of_few(self, rewriter: Rewriter, rows: Mapping[str, tuple[int, int]]) -> None:
+        """Say where SparseGPT had too little to go by: *rows* of data and inputs of each layer."""
+        few = {name: (had, inputs) for name, (had, inputs) in rows.items() if had < _ENOUGH * inputs}
+        if few:
+            worst = min(few, key=lambda name: few[name][0] / few[name][1])
+            had, inputs = few[worst]
+            text = (
+                f"sparsegpt fits noise in {len(few)} of {len(rows)} layers, and may be worse than magnitude there: "
+                f"{worst} has {inputs} inputs, and {had} rows of calibration data are all that it reads. From "
+                f"{_ENOUGH} rows for each input on it can be trusted: give more data and a higher samples (now "
+                f"{self.samples}), or method=wanda"
+            )
+            rewriter.note(text)
+            warnings.warn(f"{self.name}: {text}", stacklevel=2)
 
     def _by_data(self, rewriter: Rewriter, layer: Layer) -> torch.Tensor:
         if not all(bool(x.isfinite().all()) for x in (*layer.exact, *layer.noisy)):
@@ -204,6 +223,10 @@ class SparsifyNM(Pass):
 
 
 _MOST = 256
+# Rows for each input from which SparseGPT can be trusted. On rows that it has not seen its error is within a fifth of
+# that with many rows then; with as many rows as inputs, or fewer, it is above that of magnitude where the inputs are
+# little correlated.
+_ENOUGH = 2
 
 
 def _magnitude(rewriter: Rewriter, found: list[Candidate], pattern: Pattern) -> float:

@@ -39,6 +39,12 @@ def squares(layer: Layer) -> torch.Tensor:
     return sum((rows.square().sum(1) for rows in _rows(layer, layer.noisy)), torch.zeros((), dtype=torch.float64))
 
 
+def count(layer: Layer) -> int:
+    """How many rows *layer* reads."""
+    weight = layer.weight.to("meta")
+    return sum(layer.apply(x.to("meta"), weight, None).numel() for x in layer.noisy) // len(weight)
+
+
 def groups_of(unit: fx.Node) -> int:
     """How many groups a conv has; a linear has one."""
     return int(ops.arguments(unit).get("groups", 1))

@@ -125,6 +125,48 @@ def test_likewise_for_convolutions(options: dict[str, Any]) -> None:
     assert found["sparsegpt"] < found["wanda"] < found["magnitude"]
 
 
+@pytest.mark.parametrize(("rows", "warned"), [(16, True), (127, True), (128, False)])
+def test_sparsegpt_says_where_it_has_too_few_rows(rows: int, warned: bool) -> None:
+    model, x = chain(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(rows, 64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = check_pass("sparsify-2-4{method=sparsegpt}", model, (x,), calibration=[(x,)])
+    texts = [str(one.message) for one in caught if "fits noise" in str(one.message)]
+    assert len(texts) == warned
+    for text in texts:
+        assert f"in {2 if rows < 32 else 1} of 2 layers" in text
+        assert f"linear has 64 inputs, and {rows} rows of calibration data" in text
+        assert "From 2 rows for each input on it can be trusted: give more data and a higher samples (now 512)" in text
+        assert text.removeprefix("sparsify-2-4: ") in done.record.notes
+
+
+def test_rows_of_a_convolution_are_positions() -> None:
+    """16 · 9 inputs, and 2 · 6 · 6 positions."""
+    conv, x = nn.Conv2d(16, 8, 3, groups=1, padding=1, stride=2), torch.randn(2, 16, 12, 12)
+    with pytest.warns(UserWarning, match="conv2d has 144 inputs, and 72 rows"):
+        check_pass("sparsify-2-4{method=sparsegpt}", chain(conv), (x,), calibration=[(x,)])
+
+
+def test_two_rows_for_each_input_are_enough() -> None:
+    """On rows that it has not seen: with few, it is worse than magnitude; from two for each input on it is better."""
+    torch.manual_seed(0)
+    layer, basis = nn.Linear(64, 128, bias=False), torch.linalg.qr(torch.randn(64, 64)).Q
+    spread = 0.97 ** torch.arange(64.0)
+    unseen = (torch.randn(4096, 64) * spread) @ basis
+    off = {}
+    for rows in (32, 128, 2048):
+        data = [((torch.randn(rows, 64) * spread) @ basis,)]
+        for method in ("magnitude", "sparsegpt"):
+            spec = f"sparsify-2-4{{method={method},permute=false,samples=4096}}"
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*fits noise")
+                weight = check_pass(spec, chain(layer), data[0], calibration=data).program.constants["0.weight"]
+            off[method, rows] = float((unseen @ (weight - layer.weight.detach()).T).square().sum())
+    assert off["sparsegpt", 32] > off["magnitude", 32]
+    assert off["sparsegpt", 128] < off["magnitude", 128]
+    assert off["sparsegpt", 128] < 1.25 * off["sparsegpt", 2048]
+
+
 def test_sparsegpt_is_as_good_as_least_squares_on_its_own_mask() -> None:
     """With the mask given, the best weights are known: those of least squares over the columns that stay."""
     torch.manual_seed(0)
