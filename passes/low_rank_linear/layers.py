@@ -103,7 +103,7 @@ def refusal(
     others = [user.name for user in constant.users if user not in users]
     others += [user.name for user in users if list(ops.arguments(user).values()).count(constant) > 1]
     if others:
-        return f"its weight is tied: {', '.join(others)} reads it too, not as the weight of a layer of this kind"
+        return f"its weight is tied: {', '.join(others)} reads it too, and needs it whole; a copy could be factorised"
     if not bool(weight.isfinite().all()):
         return "its weight is not finite"
     return None if bool(weight.any()) else "its weight is all zeros"

@@ -75,9 +75,11 @@ def _refusal(
         return "its weight is not a constant of floating-point numbers"
     if any(fnmatch.fnmatchcase(str(weight.target), text) for text in keep):
         return "stays whole, as asked"
-    shared = mask is not None and len(weight.users) + len(mask.users) > 2
-    if shared or not all(user in units and ops.arguments(user)["weight"] is read for user in read.users):
-        return "its weight is read by something else too"
+    others = [user.name for user in read.users if user not in units or ops.arguments(user)["weight"] is not read]
+    if mask is not None:
+        others += [user.name for user in {**weight.users, **mask.users} if user is not read]
+    if others:
+        return f"its weight is read by something else too ({', '.join(others)}), which zeros would change as well"
     if any(ops.kind(unit) == "conv_transpose" for unit in units):
         return "a transposed convolution: no engine computes these from such weights"
     if any(ops.arguments(unit).get("groups", 1) > 1 for unit in units) and value.shape[1] == 1:

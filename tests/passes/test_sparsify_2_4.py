@@ -272,7 +272,16 @@ def test_a_module_that_is_used_twice() -> None:
 def test_a_weight_that_something_else_reads() -> None:
     model = Model(lambda m, x: m.a(x) + m.a.weight.sum(), a=nn.Linear(16, 16))
     done = checked("sparsify-2-4", model, (torch.randn(4, 16),))
-    assert "its weight is read by something else too" in done.reasons()
+    assert "its weight is read by something else too (sum_1), which zeros would change as well" in done.reasons()
+    tied = Model(
+        lambda m, x: F.linear(m.b(m.table(x)), m.table.weight), table=nn.Embedding(32, 16), b=nn.Linear(16, 16)
+    )
+    for method in METHODS:
+        done = checked(f"sparsify-2-4{{method={method}}}", tied, (torch.arange(8),))
+        assert "its weight is read by something else too (embedding), which zeros would change" in done.reasons()
+        assert Pattern().holds(done.program.constants["b.weight"])
+        table, before = done.program.constants["table.weight"], tied.get_parameter("table.weight")
+        assert torch.equal(table.sort(1).values, before.sort(1).values), "but for the order of channels"
 
 
 def test_a_pattern_of_keep_that_fits_nothing_is_told_once() -> None:
