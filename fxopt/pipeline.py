@@ -7,6 +7,7 @@ target wants: the graph is cleaned before anything else looks at it, and fusion 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import time
@@ -48,7 +49,9 @@ def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> 
     listed = with_companions(listed, find)
     check_order(listed)
     named = {p.name for p in listed}
-    passes = [find(name)() for name in FIRST if name not in named] + list(listed)
+    leading = {p.name: p for p in itertools.takewhile(lambda p: p.name in FIRST, listed)}  # they take their own places
+    rest = listed[len(leading) :]
+    passes = [leading.get(name) or find(name)() for name in FIRST if name in leading or name not in named] + rest
     for name in reversed(LAST):  # a pass that wants the last of them before it gets all of them before it
         if name not in named:
             missing = find(name)()

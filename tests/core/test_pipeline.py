@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt import registry
+from fxopt import registry, spec
 from fxopt.calibration import Calibration
 from fxopt.capture import Captured, capture
 from fxopt.passbase import Pass, PassContext
@@ -281,3 +281,10 @@ def test_users_passes_run_inside_compile() -> None:
     )
     assert ran == [4]  # input, relu, add, output: it sees the canonical graph
     assert "does" in str(compiled.report)
+
+
+def test_exact_passes_that_are_listed_first_take_their_own_places() -> None:
+    names = [one.name for one in full_pipeline(spec.parse("canonicalize", registry.find_pass), registry.find_pass)]
+    assert names == [one.name for one in full_pipeline([], registry.find_pass)]
+    listed = spec.parse("canonicalize,fold-constants,cast-precision", registry.find_pass)
+    assert [one.name for one in full_pipeline(listed, registry.find_pass)].count("fold-constants") == 1

@@ -1,0 +1,37 @@
+"""Models and data that the tests of the command line name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(16, 10)).eval()
+
+
+def pair() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return net(), (X,)
+
+
+def other() -> nn.Module:
+    model = net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1)
+    return model
+
+
+def data() -> list[tuple[torch.Tensor]]:
+    return [(torch.randn(8, 3, 16, 16),) for _ in range(8)]
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no weights here")
+
+
+NUMBER = 3
