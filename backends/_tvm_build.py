@@ -20,7 +20,7 @@ os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
 import tvm
 from tvm import relax
 
-from fxopt.backends import _tvm_graph
+from fxopt.backends import _tvm_graph, _tvm_pipeline
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._tvm_import import from_onnx
 from fxopt.backends._tvm_target import Machine
@@ -42,7 +42,9 @@ def build(file: OnnxFile, machine: Machine) -> Built:
     module = from_onnx(onnx.load(file.path), file.origins)
     with target:
         module, weights = _tvm_graph.lift_weights(_tvm_graph.optimize(module, machine))
-        return Built(relax.build(module, target, relax_pipeline=_tvm_graph.lower()), weights)
+        return Built(
+            relax.build(module, target, relax_pipeline=_tvm_graph.lower(), tir_pipeline=_tvm_pipeline.NAME), weights
+        )
 
 
 class Built:

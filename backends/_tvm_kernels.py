@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
@@ -24,7 +25,9 @@ from fxopt.backends._tvm_loops import (
     Buffer,
     Expr,
     Stmt,
+    allocate,
     block,
+    bound,
     chunks,
     index,
     load,
@@ -88,9 +91,11 @@ class _Kernel:
         sizes = [outer, tiles, blocks] if few_weights else [blocks, outer, tiles]
 
         def task(number: Expr) -> list[Stmt]:
-            at = unravel(number, sizes)
+            bindings: list[Stmt] = []
+            at = [bound(value, name, bindings) for value, name in zip(unravel(number, sizes), "otb", strict=True)]
             o, t, b = at if few_weights else (at[1], at[2], at[0])
             outer_at = unravel(o, self.outer) if self.outer else []
+            outer_at = [bound(value, "o", bindings) for value in outer_at]
 
             def some(first: Expr, rows: int) -> Stmt:
                 return _cases(
@@ -98,7 +103,7 @@ class _Kernel:
                     lambda start, columns: block(self._compute(outer_at, first, rows, start, columns)),
                 )  # fmt: skip
 
-            return [_cases(t, self.tile.rows, full_tiles, left_rows, some)]
+            return [*bindings, _cases(t, self.tile.rows, full_tiles, left_rows, some)]
 
         return [parallel(product(sizes), task)]
 
@@ -110,8 +115,9 @@ class _Kernel:
         """One tile: *rows* rows from *first*, and *columns* columns from *start*."""
         pieces = self._pieces(columns)
         acc = [[local(lanes, self.dtype, f"acc_{r}_{j}") for j, (_, lanes) in enumerate(pieces)] for r in range(rows)]
+        statements: list[Stmt] = [allocate(a) for row in acc for a in row]
+        first, start = bound(first, "row", statements), bound(start, "column", statements)
         at = [self._indices(outer, first, r) for r in range(rows)]
-        statements: list[Stmt] = [tirx.AllocBuffer(a) for row in acc for a in row]
         for row in acc:
             for a, (_, lanes) in zip(row, pieces, strict=True):
                 statements.append(vector(lanes, functools.partial(self._clear, a)))
@@ -133,7 +139,7 @@ class _Kernel:
     def _indices(self, outer: Sequence[Expr], first: Expr, r: int) -> list[Expr]:
         """All indices of the stage but the column, for row *first* + *r*."""
         row = first + r if r else first
-        return unravel(row, self.stage.extents[:-1]) if self.stage.kernel["flat"] else [*outer, row]
+        return self.lowering.row(row, self.stage.extents[:-1]) if self.stage.kernel["flat"] else [*outer, row]
 
     def _reduce(self, step: Callable[[Sequence[Expr]], list[Stmt]]) -> list[Stmt]:
         """Loops over the reduced axes around *step*; short ones of lanewise kernels are unrolled."""
@@ -150,23 +156,35 @@ class _Kernel:
         self, acc: Sequence[Sequence[Buffer]], at: Sequence[Sequence[Expr]], start: Expr,
         pieces: Sequence[tuple[int, int]], k: Sequence[Expr],
     ) -> list[Stmt]:  # fmt: skip
-        """One step of the reduction for all accumulators."""
+        """One step of the reduction for all accumulators: each operand is read once."""
         width = -(-(pieces[-1][0] + pieces[-1][1]) // self.tile.lanes) * self.tile.lanes
-        statements = []
-        for r, row in enumerate(acc):
-            for a, (offset, lanes) in zip(row, pieces, strict=True):
+        statements: list[Stmt] = []
+        for lanes, same in itertools.groupby(range(len(pieces)), lambda j: pieces[j][1]):
+            of_width = list(same)
 
-                def add(lane: Expr, a: Buffer = a, r: int = r, offset: int = offset) -> list[Stmt]:
-                    column = start + offset + lane
-                    x = self._operand(self.left, [*at[r], column if self.lanewise else start], k)
-                    if self.packed:
-                        w = self._weight(start, width, offset + lane, k)
-                    else:
-                        w = self._operand(self.right, [*at[r], column], k)
-                    return [store(a, load(a, [lane]) + x * w, [lane])]
+            def add(lane: Expr, of_width: list[int] = of_width) -> list[Stmt]:
+                made: list[Stmt] = []
+                right = {j: tirx.Var(f"w_{j}", str(self.right.ty.dtype)) for j in of_width}
+                for j, w in right.items():
+                    made.append(tirx.Bind(w, self._right(at[0], start, pieces[j][0] + lane, width, k)))
+                for r, row in enumerate(acc):
+                    x = tirx.Var(f"x_{r}", str(self.left.ty.dtype))
+                    if not self.lanewise:
+                        made.append(tirx.Bind(x, self._operand(self.left, [*at[r], start], k)))
+                    for j, w in right.items():
+                        if self.lanewise:
+                            x = self._operand(self.left, [*at[r], start + pieces[j][0] + lane], k)
+                        made.append(store(row[j], load(row[j], [lane]) + x * w, [lane]))
+                return made
 
-                statements.append(vector(lanes, add))
+            statements.append(vector(lanes, add))
         return statements
+
+    def _right(self, at: Sequence[Expr], start: Expr, column: Expr, width: int, k: Sequence[Expr]) -> Expr:
+        """The right operand for *column* of the block that starts at *start*."""
+        if self.packed:
+            return self._weight(start, width, column, k)
+        return self._operand(self.right, [*at, start + column], k)
 
     def _operand(self, term: Expr, at: Sequence[Expr], k: Sequence[Expr]) -> Expr:
         variables = dict(zip([*self.stage.axes, *self.stage.reduced], [*at, *k], strict=True))

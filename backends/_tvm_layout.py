@@ -25,8 +25,8 @@ _ELEMENTWISE = frozenset(
     f"relax.{name}"
     for name in (
         "add subtract multiply divide maximum minimum power where less less_equal greater greater_equal equal "
-        "not_equal abs negative exp log sqrt rsqrt sigmoid tanh erf sin cos floor ceil round sign clip astype isnan square "
-        "nn.relu nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu nn.softplus nn.selu nn.relu6"
+        "not_equal abs negative exp log sqrt rsqrt sigmoid tanh erf sin cos floor ceil round sign clip astype isnan "
+        "square nn.relu nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu nn.softplus nn.selu nn.relu6"
     ).split()
 )
 _POOLS = {f"relax.nn.{name}" for name in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")}

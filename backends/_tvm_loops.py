@@ -61,6 +61,14 @@ def local(lanes: int, dtype: str, name: str) -> Buffer:
     return tirx.decl_buffer((lanes,), dtype, name, scope="local")
 
 
+def allocate(buffer: Buffer) -> Stmt:
+    """Memory for *buffer*: registers, or the stack, where it is :func:`local`."""
+    if buffer.scope() != "local":
+        return tirx.AllocBuffer(buffer)
+    # TVM would take even a few bytes from the heap.
+    return tirx.AllocBuffer(buffer, {"disable_lower_builtin": tirx.const(True, "bool")})
+
+
 def load(buffer: Buffer, indices: Sequence[Expr]) -> Expr:
     """The element of *buffer* at *indices*."""
     return tirx.BufferLoad(buffer, [index(i) for i in indices])
@@ -69,6 +77,15 @@ def load(buffer: Buffer, indices: Sequence[Expr]) -> Expr:
 def store(buffer: Buffer, value: Expr, indices: Sequence[Expr]) -> Stmt:
     """``buffer[indices] = value``."""
     return tirx.BufferStore(buffer, value, [index(i) for i in indices])
+
+
+def bound(value: Expr, name: str, statements: list[Stmt]) -> Expr:
+    """*value* as a variable, which *statements* then bind; as it is where it is one, or a number."""
+    if isinstance(value, tirx.Var | tirx.IntImm):
+        return value
+    variable = tirx.Var(name, "int64")
+    statements.append(tirx.Bind(variable, index(value)))
+    return variable
 
 
 def flat_view(buffer: Buffer, name: str) -> tuple[Buffer, Stmt]:

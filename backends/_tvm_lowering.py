@@ -15,7 +15,7 @@ import tvm_ffi
 from tvm import tirx
 
 from fxopt.backends._tvm_expressions import is_vector_code, loads, rewrite
-from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, load, static, store
+from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, flat_view, index, load, static, store, unravel
 from fxopt.backends._tvm_stages import Stage
 
 Hook = Callable[[Sequence[Expr]], Expr]
@@ -29,6 +29,7 @@ class Lowering:
         producer: the stage of each buffer that this function computes.
         outputs: buffers of the caller that stages write.
         binds: whether values that are used twice may be variables of vector loops.
+        views: arrays of one dimension over buffers, and the statements that declare them.
         places: for a stored intermediate, the buffer that holds it and how many leading indices it does not have.
     """
 
@@ -38,6 +39,8 @@ class Lowering:
         params = set(function.params)
         self.outputs = [stage.buffer for stage in stages if stage.buffer in params]
         self.places: dict[Buffer, tuple[Buffer, int]] = {}
+        self.views: dict[Buffer, tuple[Buffer, Stmt]] = {}
+        self._rows: list[tuple[list[Expr], list[Expr], Expr]] = []
         self.binds = all(is_vector_code(stage.value) for stage in stages)
         self._read = {stage.buffer: [b for b, _ in loads(stage.value)] for stage in stages}
         self.reads = Counter(b for read in self._read.values() for b in read)
@@ -91,8 +94,35 @@ class Lowering:
         rewrite(root.value, {}, note)
         return found
 
+    def row(self, number: Expr, extents: Sequence[Expr]) -> list[Expr]:
+        """Indices of element *number* of a tensor of *extents*.
+
+        Tensors with these leading dimensions are then read and written at *number* itself, without a division.
+        """
+        indices = unravel(number, extents)
+        if len(indices) > 1:
+            self._rows.append((indices, list(extents), number))
+        return indices
+
+    def _flat(self, buffer: Buffer, indices: Sequence[Expr]) -> tuple[Buffer, Sequence[Expr]] | None:
+        """Element *indices* of *buffer* in its view of one dimension, if its leading indices are those of a row."""
+        for known, extents, number in reversed(self._rows):
+            width = len(indices) - len(known)
+            if not 0 <= width <= 1 or not all(_is(i, j) for i, j in zip(indices, known, strict=False)):
+                continue
+            if not all(_equal(x, y) for x, y in zip(buffer.shape, extents, strict=False)):
+                continue
+            if buffer not in self.views:
+                self.views[buffer] = flat_view(buffer, f"{buffer.name}_flat")
+            at = number * index(buffer.shape[-1]) + indices[-1] if width else number
+            return self.views[buffer][0], [at]
+        return None
+
     def memory(self, buffer: Buffer, indices: Sequence[Expr]) -> tuple[Buffer, Sequence[Expr]]:
         """Where element *indices* of *buffer* is."""
+        flat = self._flat(buffer, indices) if buffer not in self.places else None
+        if flat is not None:
+            return flat
         place, dropped = self.places.get(buffer, (buffer, 0))
         left = indices[dropped:]
         return place, left or [tirx.IntImm("int64", 0)] * len(place.shape)

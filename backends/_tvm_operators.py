@@ -160,6 +160,7 @@ class Conv:
         (sh, sw), (dh, dw) = self.strides, self.dilation
         inputs, outputs = self.inputs, self.outputs // self.groups
         merged = dw == 1 and self.groups == 1  # neighbours in a row of the image are neighbours in memory
+        flat = bool(how["fxopt.kernel"]["flat"])
         kernel = [te.reduce_axis((0, _i(self.kh)), "kh")]
         if merged:
             kernel.append(te.reduce_axis((0, _i(self.kw * inputs)), "k"))
@@ -168,6 +169,8 @@ class Conv:
 
         def term(n: Any, h: Any, w: Any, c: Any) -> Any:
             kh = kernel[0].var
+            if flat:
+                return te.sum(x[n, h, w, kernel[1].var] * packed[at(kernel[1].var, c)], axis=kernel)
             if merged:
                 k = kernel[1].var
                 kw, ci = (tirx.FloorDiv(k, _i(inputs)), tirx.FloorMod(k, _i(inputs))) if self.kw > 1 else (_i(0), k)

@@ -16,6 +16,7 @@ from fxopt.backends._tvm_expressions import depends, loads
 from fxopt.backends._tvm_loops import (
     Expr,
     Stmt,
+    allocate,
     block,
     chunks,
     index,
@@ -87,7 +88,7 @@ class _Reduction:
                 return finish(self.lowering, last, [*at, first + lane], hooks)
 
             return [
-                tirx.AllocBuffer(acc),
+                allocate(acc),
                 vector(lanes, lambda v: [store(acc, stage.init, [v])]),
                 *_nest(stage.reduced_extents, lambda k: [vector(lanes, lambda v: add(k, v))]),
                 vector(lanes, done),
@@ -128,8 +129,8 @@ class _Reduction:
 
         hooks = {stage.buffer: lambda _: load(result, [index(0)])}
         return [
-            tirx.AllocBuffer(acc),
-            tirx.AllocBuffer(result),
+            allocate(acc),
+            allocate(result),
             store(result, stage.init, [index(0)]),
             vector(lanes, lambda v: [store(acc, stage.init, [v])]),
             *_nest(stage.reduced_extents[:-1], inner),

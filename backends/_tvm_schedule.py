@@ -22,7 +22,9 @@ from fxopt.backends._tvm_expressions import UnknownExpressionError
 from fxopt.backends._tvm_loops import (
     Expr,
     Stmt,
+    allocate,
     block,
+    bound,
     chunks,
     index,
     loop,
@@ -70,12 +72,12 @@ class _Schedule:
         ]
         shared = self._shared_rows(jobs)
         if shared:
-            return block(self._rows(jobs, shared))
-        statements: list[Stmt] = []
-        statements += [tirx.AllocBuffer(last.buffer) for _, last in jobs if last.buffer not in lowering.outputs]
-        for stage, last in jobs:
-            statements += self._job(stage, last, [])
-        return block(statements)
+            held, statements = [], self._rows(jobs, shared)
+        else:
+            held = [last.buffer for _, last in jobs if last.buffer not in lowering.outputs]
+            statements = [statement for stage, last in jobs for statement in self._job(stage, last, [])]
+        views = [declared for _, declared in lowering.views.values()]
+        return block([*map(allocate, held), *views, *statements])
 
     def _job(self, stage: Stage, last: Stage, prefix: Sequence[Expr]) -> list[Stmt]:
         if stage.kernel:
@@ -121,7 +123,7 @@ class _Schedule:
                 left = list(last.extents[shared:]) or [index(1)]
                 held = tirx.decl_buffer(left, str(last.buffer.dtype), last.name)
                 self.lowering.places[last.buffer] = (held, shared)
-                statements.append(tirx.AllocBuffer(held))
+                statements.append(allocate(held))
             for stage, last in jobs:
                 statements += self._job(stage, last, prefix)
             return statements
@@ -144,8 +146,14 @@ class _Schedule:
         outer, last = extents[: len(extents) - inner], extents[len(extents) - inner :]
 
         def row(number: Expr) -> list[Stmt]:
-            at = [*prefix, *(unravel(number, outer) if outer else [])]
-            return self._along(product(last), lambda i: finish(self.lowering, stage, [*at, *unravel(i, last)], {}))
+            bindings: list[Stmt] = []
+            number = bound(number, "row", bindings)
+            at = [*prefix, *(self.lowering.row(number, outer) if outer else [])]
+
+            def element(i: Expr) -> list[Stmt]:
+                return finish(self.lowering, stage, [*at, *unravel(i, last)], {})
+
+            return [*bindings, *self._along(product(last), element)]
 
         if prefix:
             return [loop(product(outer), row)]
