@@ -141,6 +141,6 @@ def output_names(spec: pytree.TreeSpec) -> list[str]:
     names: list[str] = []
     for path, _ in paths:
         words = re.sub(r"\W+", "_", pytree.keystr(path)).strip("_")
-        name = f"output_{words}" if words.isdigit() else words or "output"
+        name = f"output_{words}" if words[:1].isdigit() else words or "output"
         names.append(name if name not in names else f"{name}_{len(names)}")
     return names

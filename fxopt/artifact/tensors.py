@@ -94,7 +94,8 @@ def _write(name: str, tensor: torch.Tensor, parts: dict[str, torch.Tensor]) -> d
 
 def _is_one_number(tensor: torch.Tensor) -> bool:
     """Whether all numbers have the same bits."""
-    bits = tensor.contiguous().view(torch.uint8).reshape(tensor.numel(), -1)
+    flat = tensor.reshape(-1, 1).clone(memory_format=torch.contiguous_format)  # axes of size 1 may have any stride
+    bits = flat.view(torch.uint8)
     return bool((bits == bits[0]).all())
 
 
@@ -105,7 +106,7 @@ def _fits_4_bits(tensor: torch.Tensor) -> bool:
 
 def _to_nibbles(tensor: torch.Tensor) -> torch.Tensor:
     """u8[⌈n/2⌉]: the first number of each pair in the lower four bits."""
-    flat = tensor.contiguous().view(torch.uint8).flatten() & 15
+    flat = tensor.flatten().view(torch.uint8) & 15
     flat = torch.nn.functional.pad(flat, (0, flat.numel() % 2))
     return flat[0::2] | (flat[1::2] << 4)
 

@@ -88,6 +88,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]
     "nested": (Nested, (X,), {}),
     "keyword": (Nested, (X,), {"example_kwargs": {"scale": 3.0}}),
     "branch": (Branch, (X,), {}),
+    "tuples": (lambda: nn.LSTM(3, 4), (X,), {}),
     "open": (Open, (torch.randn(5, 4),), {"dynamic_shapes": {"x": {0: "n"}}}),
     "bf16": (Small, (torch.randn(2, 3, 8, 8),), {"passes": "cast-precision{dtype=bf16}"}),
     "2:4": (lambda: nn.Linear(64, 64), (torch.randn(2, 64),), {"passes": "sparsify-2-4"}),

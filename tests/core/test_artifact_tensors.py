@@ -34,6 +34,8 @@ EXAMPLES = {
     "empty": torch.zeros(0, 4),
     "view": torch.randn(8, 8).T[1:3],
     "expanded": torch.randn(1, 8).expand(4, 8),
+    "a stride of an axis of one": torch.randn(1, 100).T.contiguous(),
+    "such four bits": torch.randint(-8, 8, (1, 99), dtype=torch.int8).T,
     "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "parameter": torch.nn.Parameter(torch.randn(4, 4)),
     "complex": torch.randn(3, 3, dtype=torch.complex128),
@@ -58,7 +60,7 @@ def test_all_kinds_come_back_bit_by_bit(tmp_path: Path) -> None:
         given = tensor.detach().resolve_conj()
         assert found[name].dtype == given.dtype
         assert found[name].shape == given.shape
-        as_bytes = [x.contiguous().view(torch.uint8) if x.dim() else x for x in (found[name], given)]
+        as_bytes = [x.flatten().view(torch.uint8) if x.dim() else x for x in (found[name], given)]
         assert torch.equal(*as_bytes), name
     assert found["channels last"].is_contiguous(memory_format=torch.channels_last)
 

@@ -141,6 +141,8 @@ def test_a_size_can_be_an_output() -> None:
 def test_output_names_are_readable_and_unique() -> None:
     captured = capture(Model(lambda m, x: {"logits": x + 1, "cache": (x + 2, [x + 3])}), (X,))
     assert [leaf.name for leaf in captured.program.signature.outputs] == ["logits", "cache_0", "cache_1_0"]
+    captured = capture(Model(lambda m, x: (x + 1, (x + 2, [x + 3]))), (X,))
+    assert [leaf.name for leaf in captured.program.signature.outputs] == ["output_0", "output_1_0", "output_1_1_0"]
 
 
 def test_an_output_that_refers_to_itself_is_refused() -> None:
