@@ -2,6 +2,7 @@
 
     add(@a, @b)   →   @c          arange(0, 128)   →   @arange
     attention(q, k, v, mask=expand(@ones))   →   attention(q, k, v)
+    chunk(@w, 3)[1]   →   @w_1
 
 Bounded: a result larger than its constant inputs by more than ``limit`` bytes stays an op (a mask expanded from a
 vector is cheaper to make than to keep). A buffer that the model mutates is no constant. What the model returns is
@@ -55,17 +56,21 @@ class FoldConstants(Pass):
                 rewriter.replace(node, rewriter.call(node.target, args, kwargs, before=node))  # type: ignore[arg-type]
 
     def _fold(self, node: fx.Node, rewriter: Rewriter) -> None:
-        values = {n: rewriter.tensor(n) for n in node.all_input_nodes}
+        call = _call_of(node)
+        values = {n: rewriter.tensor(n) for n in call.all_input_nodes}
         result_bytes = node.meta["val"].numel() * node.meta["val"].element_size()
         input_bytes = sum(v.numel() * v.element_size() for v in values.values() if v is not None)
         if result_bytes > input_bytes + self.limit:
             rewriter.skip(node, f"its constant value would take {result_bytes:,} bytes, over the limit")
             return
-        args = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+        args = fx.node.map_arg(call.args, values.__getitem__)
+        kwargs = fx.node.map_arg(call.kwargs, values.__getitem__)
         with torch.no_grad():
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
-        new = rewriter.constant(node.name, value)
+            value = call.target(*args, **kwargs)  # type: ignore[operator]
+        if call is not node:
+            value = value[node.args[1]]
+        part_of = [str(n.target) for n in values] if call is not node else []
+        new = rewriter.constant(f"{part_of[0]}_{node.args[1]}" if len(part_of) == 1 else node.name, value)
         new.meta = {**node.meta, "val": new.meta["val"]}
         rewriter.replace(node, new)
 
@@ -90,6 +95,13 @@ def _is_constant(node: fx.Node, rewriter: Rewriter) -> bool:
         return False
     if ops.namespace(node) == "quantized_decomposed" and "dequantize" in ops.packet(node):
         return False  # small integers are what quantization is for
-    if not ops.is_pure(node) or not isinstance(node.target, torch._ops.OpOverload):
+    call = _call_of(node)
+    if not ops.is_pure(call) or not isinstance(call.target, torch._ops.OpOverload):
         return False
-    return all(rewriter.tensor(n) is not None for n in node.all_input_nodes)
+    return all(rewriter.tensor(n) is not None for n in call.all_input_nodes)
+
+
+def _call_of(node: fx.Node) -> fx.Node:
+    """What computes *node*: itself, or the op that has several results of which it takes one."""
+    source = node.args[0] if ops.kind(node) == "getitem" else None
+    return source if isinstance(source, fx.Node) and source.op == "call_function" else node

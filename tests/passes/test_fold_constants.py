@@ -82,6 +82,18 @@ def test_several_results_of_one_op_are_right() -> None:
     check(model, torch.randn(4))
 
 
+def test_parts_of_a_weight_are_weights() -> None:
+    """Projections of nn.MultiheadAttention for queries, keys and values of different origin."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    checked = check(model.eval(), torch.randn(2, 5, 8), torch.randn(2, 4, 8), torch.randn(2, 4, 8))
+    assert checked.ops().count("aten.linear") == 4
+    assert not {"aten.chunk", "getitem"} & set(checked.ops())
+    names = [f"in_proj_{kind}_{index}" for kind in ("weight", "bias") for index in range(3)]
+    assert {*names, "out_proj.weight", "out_proj.bias"} == set(checked.program.tensors())
+    whole = torch.cat([checked.program.constants[name] for name in names[:3]])
+    assert torch.equal(whole, model.get_parameter("in_proj_weight"))
+
+
 def test_a_parametrized_weight_is_computed_once() -> None:
     model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
     assert check(model, torch.randn(2, 4)).ops() == ["aten.linear"]
