@@ -74,7 +74,8 @@ class Layer:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for x, noisy in zip(self.exact, self.noisy, strict=True):
             error = self.apply(x, self.weight, None) - self.apply(noisy, weight, None)
-            error = error.movedim(self.channel_axis, 0).flatten(1)
+            error = error.movedim(self.channel_axis, 0)
+            error = error.reshape(len(error), -1)  # one vector has no other axis
             total, count = total + error.sum(1, dtype=torch.float64), count + error.shape[1]
         return (total / max(1, count)).float()
 

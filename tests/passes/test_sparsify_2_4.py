@@ -14,6 +14,7 @@ from torch import nn
 import fxopt
 from fxopt import masks, registry
 from fxopt.errors import InputError, PreconditionError, SpecError
+from fxopt.passes.insert_fake_quant import calibrate
 from fxopt.passes.sparsify_2_4 import SparsifyNM
 from fxopt.sparsity import N_OF_M, Pattern, like, matrix
 from fxopt.testing import Checked, check_pass
@@ -310,6 +311,18 @@ def test_a_pattern_of_keep_that_fits_nothing_is_told_once() -> None:
 def test_options_that_make_no_sense(options: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         fxopt.compile(small(), example_inputs=(X,), passes=f"sparsify-2-4{{{options}}}")
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_inputs_that_are_one_vector(method: str) -> None:
+    torch.manual_seed(0)
+    model, data = chain(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), [torch.randn(16) for _ in range(80)]
+    spec = f"sparsify-2-4{{method={method},samples=4096}}"
+    done = check_pass(spec, model, (data[0],), calibration=data)
+    rows = torch.stack([x for i, x in enumerate(data) if not calibrate.is_kept(i)])
+    same = check_pass(spec, model, (rows,), calibration=[rows])
+    for name, value in done.program.tensors().items():
+        torch.testing.assert_close(value, same.program.constants[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
