@@ -73,9 +73,8 @@ def _call(call: Any, again: Callable[[Expr], Expr], guarded: Callable[[], Any] |
     name = _name(call)
     if name == "tirx.if_then_else" and all(map(_reads_anyway, call.args[1:])):
         return tirx.Select(*(again(a) for a in call.args))
-    if name == "tirx.isnan":
-        value = again(call.args[0])
-        return tirx.NE(value, value)
+    if name == "tirx.isnan" and str(call.args[0].ty.dtype) == "float32":
+        return _is_nan(again(call.args[0]))
     if name == "tirx.if_then_else" and guarded is not None:
         condition = again(call.args[0])
         with guarded():
@@ -174,6 +173,12 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
     return tirx.Min(tirx.Max(x, _f(low)), _f(high))
 
 
+def _is_nan(x: Expr) -> Expr:
+    """By the bits: TVM simplifies x ≠ x to false."""
+    bits = tirx.BitwiseAnd(tirx.reinterpret("int32", x), IntImm("int32", 0x7FFFFFFF))
+    return tirx.GT(bits, IntImm("int32", 0x7F800000))
+
+
 def exp(x: Expr) -> Expr:
     """e^x: x = n·ln 2 + r, |r| ≤ ln 2 / 2, a polynomial for e^r, and n added to the exponent bits."""
     inside = _clamp(x, -87.33654, 88.72283)
@@ -186,7 +191,7 @@ def exp(x: Expr) -> Expr:
     value = tirx.Mul(p, tirx.reinterpret("float32", bits))
     value = tirx.Select(tirx.GT(x, _f(88.72283)), tirx.infinity("float32"), value)
     value = tirx.Select(tirx.LT(x, _f(-87.33654)), _f(0.0), value)
-    return tirx.Select(tirx.NE(x, x), x, value)
+    return tirx.Select(_is_nan(x), x, value)
 
 
 def _tanh(x: Expr) -> Expr:
@@ -201,7 +206,7 @@ def _tanh(x: Expr) -> Expr:
     small = tirx.Add(tirx.Mul(tirx.Mul(odd, squared), x), x)
     value = tirx.Select(tirx.LT(x, _f(0.0)), tirx.Sub(_f(0.0), large), large)
     value = tirx.Select(tirx.LT(size, _f(0.625)), small, value)
-    return tirx.Select(tirx.NE(x, x), x, value)
+    return tirx.Select(_is_nan(x), x, value)
 
 
 def _sigmoid(x: Expr) -> Expr:
@@ -228,7 +233,7 @@ def _erf(x: Expr) -> Expr:
             -1.42647390514189e-02,
         ),
     )
-    return tirx.Select(tirx.NE(x, x), x, tirx.Div(tirx.Mul(inside, above), below))
+    return tirx.Select(_is_nan(x), x, tirx.Div(tirx.Mul(inside, above), below))
 
 
 _WRITTEN: dict[str, Callable[..., Expr]] = {

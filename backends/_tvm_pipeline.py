@@ -1,8 +1,8 @@
 """The passes of TVM that loops of ours need on their way to LLVM: a good third of its own list.
 
-Left out is ``StorageRewrite``, which forgets that accumulators live in registers: LowerTVMBuiltin would then take them
-from the heap, each one, in each tile. Left out are also those for GPUs and for TVM's schedules, and those that LLVM repeats: common subexpressions, hoisting of
-conditions, partition of loops. Compiling a model takes half of the time without them.
+Left out is ``StorageRewrite``, which forgets that accumulators live in registers: ``LowerTVMBuiltin`` would then take
+them from the heap, each one, in each tile. Left out are also those for GPUs and for TVM's schedules, and those that
+LLVM repeats: common subexpressions, hoisting of conditions, partition of loops.
 """
 
 from __future__ import annotations
@@ -43,12 +43,8 @@ def _passes() -> list[Any]:
 
 
 def _pipeline() -> tuple[Any, Any, Any]:
-    @tvm.transform.module_pass(opt_level=0)
-    def lower(module: Any, _context: Any) -> Any:
-        return tvm.transform.Sequential(_passes())(module)
-
     own = tirx.compilation_pipeline
-    return lower, own.finalize_host_passes, own.finalize_device_passes
+    return tvm.transform.Sequential(_passes()), own.finalize_host_passes, own.finalize_device_passes
 
 
 tirx.compilation_pipeline.register_tir_pipeline(NAME, _pipeline)

@@ -217,7 +217,8 @@ def test_a_foreign_target_compiles_and_says_that_it_cannot_run() -> None:
 
 class Unsupported(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.fft.rfft(x).abs()
+        spectrum: torch.Tensor = torch.fft.rfft(x)
+        return spectrum.abs()
 
 
 def test_an_unsupported_op_is_named_with_its_line() -> None:
