@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UnsupportedOp,
         VerifyError,
     )
+    from fxopt.minify import minify
     from fxopt.passbase import Pass, PassContext
     from fxopt.program import Program
     from fxopt.report import Report
@@ -45,6 +46,7 @@ _HOME = {
     "compile": "compiler",
     "CompiledModel": "compiled",
     "load": "artifact",
+    "minify": "minify",
     "prepare": "training",
     "PreparedModel": "prepared",
     "sensitivity": "sweep",
@@ -97,6 +99,7 @@ __all__ = [
     "compile",
     "conformance",
     "load",
+    "minify",
     "prepare",
     "sensitivity",
     "targets",

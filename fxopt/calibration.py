@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from fxopt.errors import InputError
+from fxopt.notice import warn
 from fxopt.replay import Replay
 from fxopt.signature import Signature
 
@@ -67,10 +67,9 @@ class Calibration:
         if self._first is None:
             self._first = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         elif not all(map(_same, self._first, leaves)):
-            warnings.warn(
+            warn(
                 "calibration gives other batches each time it is iterated, so a result may be checked on samples that "
-                "it was made from: give a list, or seed what shuffles",
-                stacklevel=2,
+                "it was made from: give a list, or seed what shuffles"
             )
 
     def _pieces(self, leaves: list[Any], rest: tuple[Any, ...]) -> Iterator[tuple[list[Any], tuple[Any, ...]]]:

@@ -23,6 +23,7 @@ from fxopt.capture import Captured, capture
 from fxopt.compiled import CompiledModel, Variant
 from fxopt.errors import FxoptError, InputError
 from fxopt.lowering import Lowering, Rewritten
+from fxopt.notice import LOG, configure_log
 from fxopt.passbase import Pass, PassContext
 from fxopt.pipeline import Pipeline, full_pipeline
 from fxopt.progress import Stages
@@ -167,6 +168,7 @@ class Plan:
         shapes: Any,
     ) -> Plan:
         """Everything that can be found wrong before the model is looked at is found here."""
+        configure_log()
         if not isinstance(model, (nn.Module, ExportedProgram)):
             raise InputError(f"model must be an nn.Module, ExportedProgram or GraphModule, not {type(model).__name__}")
         if any(getattr(part, "compiles_itself", False) is True for part in _parts(model)):
@@ -206,6 +208,7 @@ class Plan:
         with torch.inference_mode(False), stages.shown(title), torch.random.fork_rng(devices=[]):
             with stages.stage("capture"):
                 captured = self.captured or capture(self.model, args, kwargs, self.dynamic_shapes)
+            LOG.info("captured %s: %d nodes", type(self.model).__name__, len(captured.program.graph.nodes))
             with stages.stage("passes"):
                 rewritten = self._rewrite(captured, stages)
             lower = Lowering(self, captured, rewritten, stages)

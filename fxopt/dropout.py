@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxopt import ops
+from fxopt.notice import warn
 from fxopt.program import Program
 
 
@@ -38,8 +38,7 @@ def warn_of_lost(program: Program, model: nn.Module, attention: Mapping[str, flo
         if drops and path not in kept:
             lost.append(path)
     if lost:
-        warnings.warn(
+        warn(
             f"fxopt.prepare: {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} will not drop out in "
-            "training: the captured graph does not call it",
-            stacklevel=4,
+            "training: the captured graph does not call it"
         )

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import re
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +32,7 @@ from fxopt.compiled import CompiledModel
 from fxopt.compiler import compile as compile_model
 from fxopt.dynamo_graph import Roles, bind, number, open_dims
 from fxopt.errors import BackendUnavailable, CaptureError, InputError, SpecError, UnsupportedOp, near_miss
+from fxopt.notice import warn
 
 _OPTIONS = ("target", "passes", "backend", "backend_options", "calibration", "verify", "dump")
 _MOST_BUILDS = 8  # of one graph
@@ -84,7 +84,7 @@ def compiled_models() -> list[CompiledModel]:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    warn(text)
 
 
 class Graph:
@@ -157,7 +157,7 @@ class Graph:
         where = next((n.meta["stack_trace"] for n in self.graph.graph.nodes if n.meta.get("stack_trace")), "")
         line = re.findall(r'File "([^"]+)", line (\d+)', where)
         at = f" at {line[-1][0]}:{line[-1][1]}" if line else ""
-        warnings.warn(f"fxopt: a graph{at} runs as it is, not compiled: {reason}", stacklevel=4)
+        warn(f"fxopt: a graph{at} runs as it is, not compiled: {reason}")
 
     def _compiled(self, args: Sequence[Any]) -> CompiledModel:
         """Compiled for *args*; weights that turn out to be written to become inputs."""

@@ -6,7 +6,6 @@ what attention computes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt import verify
+from fxopt.notice import warn
 from fxopt.program import Program
 from fxopt.twin import run_eager
 
@@ -38,11 +38,10 @@ def same_path(program: Program, model: nn.Module, inputs: list[Any], reference: 
         ordinary = run_eager(model, *pytree.tree_unflatten(inputs, program.signature.in_spec))
     if not verify.compare(ordinary, answered).within:
         return reference, nullcontext
-    warnings.warn(
+    warn(
         f"fxopt: {type(model).__name__} answers otherwise on the fast path of torch's attention layers (it zeroes "
         "padded rows). The compiled model follows the ordinary path, as eager does after "
-        "torch.backends.mha.set_fastpath_enabled(False).",
-        stacklevel=2,
+        "torch.backends.mha.set_fastpath_enabled(False)."
     )
     return ordinary, _no_fast_path
 

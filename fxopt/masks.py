@@ -10,7 +10,6 @@ weights, of smallest magnitude (Han et al., "Learning both Weights and Connectio
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Container, Mapping
 
 import torch
@@ -20,6 +19,7 @@ from torch import fx, nn
 from fxopt import ops
 from fxopt.errors import InputError, PreconditionError
 from fxopt.fake_quant import FAKE_QUANTIZE
+from fxopt.notice import warn
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 from fxopt.sparsity import N_OF_M, Pattern
@@ -209,7 +209,7 @@ def uncover(program: Program, model: nn.Module) -> None:
             continue
         if not torch.equal(program.constants[name], weight * mask):
             text = f"{name} is no longer the product of {name}_orig and its mask, and will not be trained"
-            warnings.warn(f"fxopt.prepare: {text}; torch.nn.utils.prune.remove settles it", stacklevel=2)
+            warn(f"fxopt.prepare: {text}; torch.nn.utils.prune.remove settles it")
             continue
         factors = rewriter.constant(f"{name}_orig", weight), rewriter.constant(f"{name}_mask", mask)
         before, readers = rewriter.first_call(), list(node.users)

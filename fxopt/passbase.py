@@ -6,13 +6,13 @@ import abc
 import dataclasses
 import fnmatch
 import functools
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
 from fxopt.errors import InputError, PreconditionError, SpecError
+from fxopt.notice import warn
 from fxopt.target import Target
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Pass(abc.ABC):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 text = f"{self.name}: {pattern!r} fits no {what}, such as {min(names, default='')!r}"
                 rewriter.note(text)
-                warnings.warn(text, stacklevel=2)
+                warn(text)
 
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of passes that run, unless the user lists them: right before this one, and after all listed ones."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +16,13 @@ from typing import Any
 import torch
 
 from fxopt import dump as fxir
-from fxopt import ops, verify
+from fxopt import locate, ops, verify
 from fxopt.errors import FxoptError, InputError, PassError, PreconditionError, VerifyError
+from fxopt.notice import LOG
 from fxopt.passbase import Pass, PassContext
 from fxopt.program import Program
 from fxopt.report import PassRecord
 from fxopt.rewriter import Rewriter
-
-_log = logging.getLogger("fxopt")
 
 # Before everything: one spelling for each thing, so that later passes have one pattern to match.
 FIRST = (
@@ -196,7 +194,7 @@ class Pipeline:
         if self.check and rewriter.edits:
             verify.check_graph(after)
         if one.exact and self.check and rewriter.edits:
-            difference = verify.check_exact(before, after, self.ctx.inputs, reference)
+            difference = self._check_exact(before, after, reference)
         elif not one.exact and rewriter.edits:
             outputs = verify.run(after, self.ctx.inputs)
             before_outputs = reference
@@ -204,8 +202,17 @@ class Pipeline:
             if _types(before_outputs) != _types(outputs):
                 raise VerifyError("an output changed its shape or dtype, which no pass may do")
         record = PassRecord.of(one, rewriter, before, after, time.perf_counter() - start, difference)
-        _log.info("%s: %d edits, %d left alone, %.2f s", one.name, record.edits, len(record.skips), record.seconds)
+        for skip in record.skips:
+            LOG.debug("%s left alone %s", one.name, skip)
+        LOG.info("%s: %d edits, %d left alone, %.2f s", one.name, record.edits, len(record.skips), record.seconds)
         return (after if rewriter.edits else before), record, reference
+
+    def _check_exact(self, before: Program, after: Program, reference: Sequence[Any]) -> verify.Difference:
+        try:
+            return verify.check_exact(before, after, self.ctx.inputs, reference)
+        except VerifyError as error:
+            place = locate.first_change(before, after, self.ctx.inputs)
+            raise VerifyError(f"{error}; values part first at {place}" if place else str(error)) from error
 
     def _failed(self, one: Pass, error: FxoptError, records: Sequence[PassRecord], kept: Program) -> FxoptError:
         ran = ", ".join(r.name for r in records) or "none"

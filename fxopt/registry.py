@@ -6,11 +6,11 @@ fxopt's own are declared in the same way as those of other packages. A class is 
 from __future__ import annotations
 
 import functools
-import warnings
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from fxopt.errors import FxoptError, SpecError, near_miss
+from fxopt.notice import warn
 from fxopt.passbase import Pass
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def _entries(group: str) -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=group), key=lambda e: not e.value.startswith("fxopt.")):
         if entry.name in found and found[entry.name].value != entry.value:
-            warnings.warn(f"{entry.value} has the name {entry.name!r}, which is taken; it is ignored", stacklevel=3)
+            warn(f"{entry.value} has the name {entry.name!r}, which is taken; it is ignored")
         found.setdefault(entry.name, entry)
     return found
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +28,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt import ops, quantized
+from fxopt.notice import warn
 from fxopt.passbase import Pass, PassContext
 from fxopt.rewriter import Rewriter, infer
 
@@ -76,7 +76,7 @@ class CastPrecision(Pass):
             text = f"target {ctx.target} has no native {self.dtype} arithmetic: expect it to be slower than fp32"
             text += f"; it has {other[0]}" if other else ""
             rewriter.note(text)
-            warnings.warn(f"cast-precision: {text}", stacklevel=2)
+            warn(f"cast-precision: {text}")
         names = {name for node in rewriter.nodes() if ops.precision(node) == "low" for name in _names(node)}
         self.warn_of_unused(rewriter, self.keep, names, "matmul or conv")
         _Sweep(rewriter, low, self.keep).run()

@@ -6,7 +6,6 @@ Decisions are kept by node name, so that they hold for the copies of the graph o
 from __future__ import annotations
 
 import fnmatch
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import fx
 
 from fxopt import ops, quantized, registry
 from fxopt.errors import VerifyError
+from fxopt.notice import warn
 from fxopt.passbase import PassContext
 from fxopt.passes.insert_fake_quant import calibrate, embeddings, insert, pictures, quality, weights
 from fxopt.passes.insert_fake_quant.insert import Range
@@ -114,7 +114,7 @@ class Quantization:
 
     def _warn(self, text: str) -> None:
         self.rewriter.note(text)
-        warnings.warn(text, stacklevel=2)
+        warn(text)
 
     def _mode(self, unit: fx.Node) -> str:
         """What the user wants for *unit*."""

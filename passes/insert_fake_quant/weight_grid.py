@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx
 
 from fxopt import ops, quantized
+from fxopt.notice import warn
 from fxopt.passbase import Pass
 from fxopt.passes.insert_fake_quant.layerwise import Change
 from fxopt.rewriter import Rewriter
@@ -63,7 +63,7 @@ def fake_quantized_units(one: Pass, rewriter: Rewriter) -> list[fx.Node]:
     if units and not found:
         text = f"{one.name} does nothing: no weight is quantized. Put insert-fake-quant before it"
         rewriter.note(text)
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     return found
 
 

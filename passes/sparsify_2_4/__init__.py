@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -23,6 +22,7 @@ import torch
 
 from fxopt import masks, progress, sparse_packing, verify
 from fxopt.errors import InputError, SpecError
+from fxopt.notice import warn
 from fxopt.passbase import CLEANING, ROUNDING, Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, layerwise, quality
 from fxopt.passes.insert_fake_quant.layerwise import Change, Layer
@@ -173,7 +173,7 @@ class SparsifyNM(Pass):
                 f"{self.samples}), or method=wanda"
             )
             rewriter.note(text)
-            warnings.warn(f"{self.name}: {text}", stacklevel=2)
+            warn(f"{self.name}: {text}")
 
     def _by_data(self, rewriter: Rewriter, layer: Layer) -> torch.Tensor:
         if not all(bool(x.isfinite().all()) for x in (*layer.exact, *layer.noisy)):
@@ -219,7 +219,7 @@ class SparsifyNM(Pass):
         )
         rewriter.note(text)
         if not ctx.training:
-            warnings.warn(f"{self.name}: {text}", stacklevel=2)
+            warn(f"{self.name}: {text}")
 
 
 _MOST = 256
