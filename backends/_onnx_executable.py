@@ -41,9 +41,10 @@ class FileExecutable(Executable):
             FxoptError: the engine failed; the message names the user's op where it is known.
         """
         if not self._runs_here:
+            why = self._target.obstacle or "this backend drives it on the CPU"
             raise BackendUnavailable(
-                f"this model was compiled for target '{self._target}', which {self.engine} cannot run here: "
-                f"save it with .save({self.product!r}) and run that file there"
+                f"this model was compiled for target '{self._target}', which {self.engine} cannot run here, since "
+                f"{why}: save it with .save({self.product!r}) and run that file there"
             )
         feed = self._file.interface.feed(inputs)
         try:

@@ -58,12 +58,17 @@ class Integers:
         return int(self.qparams.zero_point or 0)  # type: ignore[arg-type]
 
 
-def integers(node: object) -> Integers | None:
-    """The integers that the float value *node* is dequantized from with one constant scale, or None."""
+def is_on(node: fx.Node, device: str) -> bool:
+    """Whether the tensor *node* lies on a device of that type."""
+    return bool(node.meta["val"].device.type == device)
+
+
+def integers(node: object, device: str = "cpu") -> Integers | None:
+    """The integers on *device* that the float value *node* is dequantized from with one constant scale, or None."""
     if not isinstance(node, fx.Node) or node.target is not DEQUANTIZE:
         return None
     (source, *_), p = node.all_input_nodes, parameters(node)
-    if p.dtype not in _INTEGERS or not isinstance(p.scale, float) or not source.meta["val"].is_cpu:
+    if p.dtype not in _INTEGERS or not isinstance(p.scale, float) or not is_on(source, device):
         return None
     return Integers(source, dataclasses.replace(p, zero_point=p.zero_point or 0), node.meta["val"].dtype)
 

@@ -23,6 +23,7 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.backends import _torch_int8_kernels as kernels
+from fxopt.backends._torch_int8_graph import is_on
 from fxopt.backends._torch_int8_packer import Int8Packer, Weight, through_casts
 from fxopt.backends._torch_int8_plan import plan
 from fxopt.backends._torch_int8_units import Units
@@ -51,9 +52,10 @@ class Linears:
             return False
         if fused.bias is not None and self._packer.tensor(through_casts(fused.bias)) is None:
             return False
-        source = _dynamic(fused.x)
+        source = dynamic_source(fused.x)
         if source is not None:
-            self._dynamic(fused, weight, *source)
+            x, (low, high, eps), dtype = source
+            self._dynamic(fused, weight, x, (low + _SHIFT[dtype], high + _SHIFT[dtype], eps))
             return True
         return fused.x.meta["val"].dtype in (torch.float32, torch.bfloat16) and self._weight_only(fused, weight)
 
@@ -119,8 +121,11 @@ def _rows(fused: Fused) -> int | None:
     return None if sizes is None else math.prod(sizes[:-1])
 
 
-def _dynamic(node: fx.Node) -> tuple[fx.Node, tuple[int, int, float]] | None:
-    """The floats that *node* quantizes over their own range, and how: smallest and largest uint8, smallest scale."""
+def dynamic_source(node: fx.Node, device: str = "cpu") -> tuple[fx.Node, tuple[int, int, float], torch.dtype] | None:
+    """The floats on *device* that *node* quantizes over their own range, how, and to which dtype; None for others.
+
+    How: the smallest and largest integer, the smallest scale.
+    """
     dequantize = through_casts(node)
     if dequantize.target is not DEQUANTIZE_TENSOR:
         return None
@@ -131,10 +136,9 @@ def _dynamic(node: fx.Node) -> tuple[fx.Node, tuple[int, int, float]] | None:
     if choice is None or choice is not _part(p.zero_point, 1) or choice.args[0] is not x:
         return None
     a = ops.arguments(choice)
-    if (a["quant_min"], a["quant_max"], a["dtype"]) != (p.qmin, p.qmax, p.dtype) or not x.meta["val"].is_cpu:
+    if (a["quant_min"], a["quant_max"], a["dtype"]) != (p.qmin, p.qmax, p.dtype) or not is_on(x, device):
         return None
-    shift = _SHIFT[p.dtype]
-    return x, (p.qmin + shift, p.qmax + shift, a["eps"])
+    return x, (p.qmin, p.qmax, a["eps"]), p.dtype
 
 
 def _part(value: object, index: int) -> fx.Node | None:

@@ -52,10 +52,11 @@ def through_casts(node: fx.Node) -> fx.Node:
 
 
 class Int8Packer(Packer):
-    """Packs int8 weights, and makes the constants that go with them."""
+    """Packs int8 weights that lie on *device*, and makes the constants that go with them."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, device: str = "cpu") -> None:
         super().__init__(program)
+        self._device = device
         self._added: dict[tuple[object, ...], fx.Node] = {}
 
     def weight(self, node: fx.Node) -> Weight | None:
@@ -65,7 +66,7 @@ class Int8Packer(Packer):
             return None
         holder, p = node.all_input_nodes[0], parameters(node)
         values = self.tensor(holder)
-        if values is None or values.dtype != torch.int8 or not values.is_cpu or 0 in values.shape:
+        if values is None or values.dtype != torch.int8 or values.device.type != self._device or 0 in values.shape:
             return None
         if node.target is DEQUANTIZE:
             scales = torch.full((values.shape[0],), float(p.scale))  # type: ignore[arg-type]

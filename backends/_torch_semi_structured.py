@@ -32,9 +32,11 @@ class Compressed:
 
     Attributes:
         weight: a SparseSemiStructuredTensor.
+        home: the device of the weight that it was made from.
     """
 
     weight: Any
+    home: torch.device
 
     @property
     def nbytes(self) -> int:
@@ -43,9 +45,9 @@ class Compressed:
         return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
     def to_dense(self) -> torch.Tensor:
-        """The weight itself."""
+        """The weight itself, on the device that it came from."""
         dense: torch.Tensor = self.weight.to_dense()
-        return dense
+        return dense.to(self.home)
 
 
 def semi_structured_linear(x: torch.Tensor, weight: Compressed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -60,7 +62,7 @@ def compressor(target: Target) -> Compress | None:
     """What compresses weights for *target* here; None where it is another machine, which has its weights dense."""
     if not target.fast_2_4 or not target.runs_here:
         return None
-    return torch.sparse.to_sparse_semi_structured
+    return lambda weight: torch.sparse.to_sparse_semi_structured(weight.cuda())
 
 
 def lower(
@@ -126,7 +128,8 @@ def _replace(packer: Packer, fused: Fused, compress: Compress, compressed: dict[
     """Let *fused* be computed from its compressed weight; those there are already are in *compressed*."""
     weight, name = fused.weight, str(fused.weight.target)
     if name not in compressed:
-        packer.program.constants[f"{name}_2_4"] = Compressed(compress(packer.program.constants[name].contiguous()))
+        dense = packer.program.constants[name].contiguous()
+        packer.program.constants[f"{name}_2_4"] = Compressed(compress(dense), dense.device)
         with packer.graph.inserting_after(weight):
             compressed[name] = packer.graph.get_attr(f"{name}_2_4")
     y = packer.call(semi_structured_linear, (fused.x, compressed[name], fused.bias), fused.node)

@@ -17,6 +17,8 @@ from torch import fx
 from fxopt import ops
 from fxopt.backend import Backend, Executable
 from fxopt.backends import (
+    _torch_cuda,
+    _torch_cuda_int8,
     _torch_int8,
     _torch_int8_worth,
     _torch_layout,
@@ -48,16 +50,17 @@ class TorchExecutable(Executable):
         packed: dict[str, Callable[[], torch.Tensor]],
         target: Target,
         notes: tuple[str, ...] = (),
+        run: Callable[[Sequence[Any]], list[Any]] | None = None,
     ) -> None:
-        """*packed*: for each constant that is kept in another form, what gets it back."""
+        """*packed*: for each constant that is kept in another form, what gets it back; *run*: how *code* is called."""
         self.source = code.source
         self.notes = notes
         self._code = code
-        self._run = code.run
+        self._run = run or code.run
         self._constants = constants
         self._packed = packed
         self._target = target
-        self._runs_here = target.runs_here
+        self._obstacle = target.obstacle
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat outputs, writebacks included.
@@ -65,13 +68,14 @@ class TorchExecutable(Executable):
         Raises:
             BackendUnavailable: the program was compiled for a machine that this one is not.
         """
-        if not self._runs_here:
+        if self._obstacle:
             raise BackendUnavailable(
-                f"this model was compiled for target '{self._target}' ({self._target.arch}), which cannot run "
-                "here: move the saved model to such a machine, or compile for this one."
+                f"this model was compiled for target '{self._target}' ({self._target.arch}), which cannot run here, "
+                f"since {self._obstacle}: move the saved model to such a machine, or compile for this one."
             )
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):
+        device = "cuda" if self._target.name == "cuda" else "cpu"
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return self._guarded(inputs)
         return self._guarded(inputs)
 
@@ -120,10 +124,13 @@ class TorchBackend(Backend):
 
     Attributes:
         inductor: lower through ``torch.compile`` with freezing instead; needs a C++ compiler and takes much longer.
+        cuda_graphs: for target "cuda" with sizes that do not change, launch all kernels of a call at once; None where
+            that is faster.
     """
 
     name: ClassVar[str] = "torch"
     inductor: bool = False
+    cuda_graphs: bool | None = None
 
     def declines_int8(self, node: fx.Node) -> str | None:
         """Why *node* is left in float: what was measured of PyTorch's int8 kernels."""
@@ -143,14 +150,37 @@ class TorchBackend(Backend):
         with torch.inference_mode(mode=False), torch.no_grad():
             _drop_asserts(program)
             packed, notes = _torch_semi_structured.lower(program, target, _torch_semi_structured.compressor(target))
-            if target.runs_here and target.arch == "x86_64" and torch.backends.mkldnn.is_available():
+            if target.name == "cuda":
+                originals, remarks = _torch_cuda_int8.lower(program, _torch_cuda.device_of(program))
+                packed, notes = {**packed, **originals}, [*notes, *remarks]
+            elif target.runs_here and target.arch == "x86_64" and torch.backends.mkldnn.is_available():
                 packed = {**packed, **_torch_int8.lower(program), **_torch_onednn.lower(program)}
             _torch_peephole.rewrite(program)
             _torch_layout.settle(program)
             _torch_memory.reuse_memory(program)
             program.remove_dead()
             own(program.constants)
+            if target.name == "cuda" and target.runs_here:
+                return self._on_gpu(program, target, packed, notes, inputs)
             return TorchExecutable(generate(program), program.constants, packed, target, tuple(notes))
+
+    def _on_gpu(
+        self,
+        program: Program,
+        target: Target,
+        packed: dict[str, Callable[[], torch.Tensor]],
+        notes: list[str],
+        inputs: Sequence[Any],
+    ) -> TorchExecutable:
+        """The lowered *program* on this machine's GPU."""
+        device = _torch_cuda.destination(program, target)
+        if device is not None:
+            program = _torch_cuda.moved(program, device)
+            inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
+        code = generate(program)
+        run, remarks = _torch_cuda.replayed(code.run, program, inputs, self.cuda_graphs)
+        run = run if device is None else _torch_cuda.there_and_back(run, device)
+        return TorchExecutable(code, program.constants, packed, target, (*notes, *remarks), run)
 
 
 def _drop_asserts(program: Program) -> None:

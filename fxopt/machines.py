@@ -184,8 +184,9 @@ CUDA = Family(
     backends=("torch", "onnx"),  # torch runs on the GPU itself; of ONNX there is the file, for TensorRT
     dtypes=frozenset({torch.float32, torch.float16}),  # tensor cores took fp16 before bf16
     channel_multiple=8,  # tensor cores read rows of 16 bytes: 8 channels of fp16 or bf16
-    # TensorRT, which runs that file, wants s8, symmetric, where onnxruntime's kernels for CPUs want u8.
-    schemes={"onnx": "tensorrt"},
+    # TensorRT, which runs that file, wants s8, symmetric, where onnxruntime's kernels for CPUs want u8; and s8 by s8 is
+    # what torch._int_mm multiplies on a GPU.
+    schemes={"onnx": "tensorrt", "torch": "cuda"},
 )
 
 FAMILIES = {"x86": X86, "arm": ARM, "cuda": CUDA}

@@ -83,11 +83,17 @@ class Target:
     @property
     def runs_here(self) -> bool:
         """Whether code for this target can run on this host."""
+        return not self.obstacle
+
+    @property
+    def obstacle(self) -> str:
+        """Why code for this target cannot run on this host; "" where it can."""
         if self.name == "cuda":
-            return (
-                torch.cuda.is_available() and host.capability(self.cpu or "sm_0") <= torch.cuda.get_device_capability()
-            )
-        return host.arch() == self.arch and (self.name not in FAMILIES or self.features <= host.features(self.name))
+            return _gpu_obstacle(self.cpu)
+        if host.arch() != self.arch:
+            return f"this machine is {host.arch()}"
+        missing = self.features - host.features(self.name) if self.name in FAMILIES else frozenset[str]()
+        return f"this machine has no {', '.join(sorted(missing))}" if missing else ""
 
     @property
     def vector_bits(self) -> int:
@@ -200,6 +206,14 @@ def _switched(family: Family, base: frozenset[str], switches: str, spelling: str
         else:
             features = {one for one in features if feature not in closure(family, one)}
     return frozenset(features)
+
+
+def _gpu_obstacle(cpu: str) -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device is here"
+    major, minor = torch.cuda.get_device_capability()
+    older = (major, minor) < host.capability(cpu or "sm_0")
+    return f"the CUDA device here is sm_{major}{minor}, which is older" if older else ""
 
 
 def _x86_level(features: frozenset[str]) -> Cpu:

@@ -95,8 +95,17 @@ TENSORRT = Scheme(
     units=frozenset({"conv", "conv_transpose", "linear"}),
     elementwise=frozenset({"add", "avg_pool"}),
 )
+CUDA = Scheme(
+    "cuda",  # PyTorch on an NVIDIA GPU: torch._int_mm, s8 by s8, and no int8 kernel beside it
+    activation=Grid(torch.int8, symmetric=True, qmin=-127, qmax=127),
+    units=frozenset({"linear"}),
+    declined={
+        "conv": "PyTorch has no int8 kernel for convolutions on GPUs",
+        "conv_transpose": "PyTorch has no int8 kernel for transposed convolutions on GPUs",
+    },
+)
 
-SCHEMES = {scheme.name: scheme for scheme in (TORCH, ONNXRUNTIME, OPENVINO, TENSORRT)}
+SCHEMES = {scheme.name: scheme for scheme in (TORCH, ONNXRUNTIME, OPENVINO, TENSORRT, CUDA)}
 _OF_ENGINE = {"torch": TORCH, "onnx": ONNXRUNTIME, "openvino": OPENVINO}
 
 
