@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxopt.backend import Executable
-from fxopt.backends import _torch_layout
+from fxopt.backends import _torch_cuda, _torch_layout
 from fxopt.backends._torch_snapshot import own
 from fxopt.errors import BackendUnavailable
 from fxopt.program import Program
@@ -49,6 +49,11 @@ def lower_with_inductor(program: Program, target: Target, inputs: Sequence[Any])
 
     if not target.runs_here:
         raise BackendUnavailable(f"Inductor compiles for this machine alone, not for target '{target}'")
+    if _torch_cuda.destination(program, target) is not None:
+        raise BackendUnavailable(
+            f"Inductor compiles a model for where it is, and it is not where target '{target}' is: move model and example "
+            "inputs to the GPU first"
+        )
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
