@@ -51,8 +51,8 @@ def lower_with_inductor(program: Program, target: Target, inputs: Sequence[Any])
         raise BackendUnavailable(f"Inductor compiles for this machine alone, not for target '{target}'")
     if _torch_cuda.destination(program, target) is not None:
         raise BackendUnavailable(
-            f"Inductor compiles a model for where it is, and it is not where target '{target}' is: move model and example "
-            "inputs to the GPU first"
+            f"Inductor compiles a model for where it is, which is not where target '{target}' is: move model and "
+            "example inputs to the GPU first"
         )
     try:
         get_cpp_compiler()
