@@ -44,6 +44,7 @@ def full_pipeline(listed: Sequence[Pass], find: Callable[[str], type[Pass]]) -> 
     Raises:
         PreconditionError: *listed* is in an order that cannot work; the message says why.
     """
+    check_order(listed)
     listed = with_companions(listed, find)
     check_order(listed)
     named = {p.name for p in listed}

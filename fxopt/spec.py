@@ -142,7 +142,8 @@ class _Parser:
     def take(self, kind: str) -> str:
         found, text = self.peek()
         if found != kind:
-            self.fail(f"expected {kind!r}, found {text or 'the end'!r}")
+            quoted = " (in a value it is quoted, 'like this')" if found == "bad" else ""
+            self.fail(f"expected {kind!r}, found {text or 'the end'!r}{quoted}")
         match = _TOKEN.match(self.text, self.at)
         assert match is not None
         self.at = match.end()
@@ -214,9 +215,17 @@ def fit(value: Any, hint: Any, where: str) -> Any:
         return value
     elif hint is float and type(value) is int:
         return float(value)
-    name = getattr(hint, "__name__", str(hint))
     advice = f": write [{value}]" if origin is tuple and isinstance(value, str) else ""
-    raise SpecError(f"{where}: {value!r} is not of type {name}{advice}")
+    raise SpecError(f"{where}: {value!r} is not of type {_name(hint)}{advice}")
+
+
+def _name(hint: Any) -> str:
+    """The type *hint* as one would write it: "int | 'vbmf' | None"."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_name, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _is_instance(value: Any, hint: Any) -> bool:

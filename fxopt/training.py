@@ -132,6 +132,7 @@ def _trainable(listed: Sequence[Pass]) -> list[Pass]:
     Raises:
         PreconditionError: a pass leaves what cannot be trained, or the order cannot work.
     """
+    check_order(listed)
     named = {one.name for one in listed}
     first = [registry.find_pass(name)() for name in _FIRST if name not in named]
     passes = first + with_companions(listed, registry.find_pass)

@@ -102,6 +102,8 @@ class SparsifyNM(Pass):
             VerifyError: the model computes something else with its channels in another order.
         """
         found = candidates.find(rewriter, self, self.pattern, self.keep, one_reader=self.method != "magnitude")
+        if not found:
+            rewriter.note(f"no weight can have {self.pattern}")
         done = [one for one in found if self.pattern.holds(one.value(rewriter))]
         left = [one for one in found if one not in done]
         magnitude = _magnitude(rewriter, left, self.pattern)

@@ -70,6 +70,8 @@ def _refusal(
 ) -> str | None:
     if read.target is N_OF_M:
         return "is held by a pattern already"
+    if weight.op == "call_function":
+        return "its weight is not a constant but computed"
     value = rewriter.tensor(weight)
     if value is None or not value.is_floating_point() or not value.numel():
         return "its weight is not a constant of floating-point numbers"

@@ -255,6 +255,7 @@ def test_an_exact_pass_that_the_user_lists_is_not_doubled() -> None:
             "List prune-channels before merge-linears, or leave merge-linears out: it runs by itself. Given order",
         ),
         ((Late(), Early()), "List early before late. Given order"),
+        (("insert-fake-quant", "sparsify-2-4"), r"^insert-fake-quant cannot run before sparsify-2-4"),
     ],
 )
 def test_a_wrong_order_is_refused_before_anything_runs(

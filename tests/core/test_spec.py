@@ -178,6 +178,9 @@ def test_only_what_differs_from_its_default_is_written() -> None:
         ("options{sizes=[1,2}", r"expected ',', found '}'"),
         ("options}", r"expected ',', found '}'"),
         ("options;needs", r"expected ',', found ';'"),
+        ("options{text=2:4}", r"expected ',', found ':' \(in a value it is quoted, 'like this'\) at position 14"),
+        ("options{number=a}", r"'a' is not of type int \| float \| None"),
+        ("low-rank-conv{rank=vmbf}", r"'vmbf' is not of type int \| 'vbmf' \| None"),
     ],
 )
 def test_mistakes_are_explained(text: str, message: str) -> None:

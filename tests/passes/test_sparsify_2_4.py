@@ -285,6 +285,19 @@ def test_a_weight_that_something_else_reads() -> None:
         assert torch.equal(table.sort(1).values, before.sort(1).values), "but for the order of channels"
 
 
+def test_it_says_that_there_is_nothing_to_do() -> None:
+    done = checked("sparsify-2-4{n=1,m=5}", small())
+    assert done.record.notes == ("no weight can have 1:5",)
+    assert done.record.edits == 0
+
+
+def test_a_weight_that_is_computed() -> None:
+    model = Model(lambda m, x: F.linear(x, m.a.weight * x.mean()), a=nn.Linear(16, 16))
+    assert (
+        "its weight is not a constant but computed" in checked("sparsify-2-4", model, (torch.randn(4, 16),)).reasons()
+    )
+
+
 def test_a_pattern_of_keep_that_fits_nothing_is_told_once() -> None:
     with pytest.warns(UserWarning, match="'nothing.*' fits no weight, such as '0.weight'"):
         checked("sparsify-2-4{keep=['nothing.*']}", small())
