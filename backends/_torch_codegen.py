@@ -16,6 +16,7 @@ import dataclasses
 import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ import torch
 from torch import fx
 
 from fxopt.execute import last_users
-from fxopt.program import Program, source_line
+from fxopt.profiling import Operator
+from fxopt.program import ORIGIN, Program, source_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,13 @@ class Code:
     Attributes:
         run: takes the flat inputs, returns the list of flat outputs.
         source: its text.
-        nodes: name and source line of the node behind each line of the text (an empty name: no node).
+        nodes: name and source line of the node behind each line of the text (an empty name: no node), and the name of
+            the node of the program before lowering that it computes.
     """
 
     run: Callable[[Sequence[Any]], list[Any]]
     source: str
-    nodes: tuple[tuple[str, str], ...]
+    nodes: tuple[tuple[str, str, str], ...]
 
     def located(self, error: Exception) -> Exception | None:
         """*error* again, of the same type, saying which node of the program raised it; None if it was no node."""
@@ -46,14 +49,31 @@ class Code:
         while trace is not None:
             line = trace.tb_lineno if trace.tb_frame.f_code is self.run.__code__ else line
             trace = trace.tb_next
-        name, where = self.nodes[line] if line < len(self.nodes) else ("", "")
+        name, where, _ = self.nodes[line] if line < len(self.nodes) else ("", "", "")
         if not name:
             return None
         message = f"{name}{f' ({where})' if where else ''} failed: {error}"
         kind = type(error)
         return kind(message) if kind in _REBUILDABLE else RuntimeError(message)
 
+    def timed(self) -> tuple[Callable[[Sequence[Any], Callable[[], None]], list[Any]], list[Operator]]:
+        """The function with a second argument, which it calls at its start and after each operator; and these."""
+        lines, operators = list[str](), list[Operator]()
+        for number, line in enumerate(self.source.splitlines(), start=1):
+            name, where, origin = self.nodes[number]
+            following = self.nodes[number + 1][0] if number + 1 < len(self.nodes) else ""
+            lines.append(line.replace("(inputs)", "(inputs, mark)") if line.startswith("def ") else line)
+            found = _CALL.match(line)
+            if found:
+                operators.append(Operator(name, found.group(1) or "getitem", origin, where))
+            if following != name and not line.lstrip().startswith("return "):
+                lines.append("    mark()")
+        names = dict(self.run.__globals__)
+        exec(compile("\n".join(lines) + "\n", "<fxopt program, timed>", "exec", dont_inherit=True), names)
+        return names["run"], operators
 
+
+_CALL = re.compile(r"    \w+ = (?:(\w+)\(|\w+\[)")
 _REBUILDABLE = {RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, ZeroDivisionError}
 
 
@@ -79,7 +99,7 @@ class _Writer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.lines: list[str] = []
-        self.nodes: list[tuple[str, str]] = [("", "")]
+        self.nodes: list[tuple[str, str, str]] = [("", "", "")]
         self.names: dict[str, Any] = {"torch": torch}
         self._taken = {"inputs", "run", *self.names}
         self._locals = {node: self._unique(node.name) for node in program.graph.nodes}
@@ -109,7 +129,8 @@ class _Writer:
 
     def _line(self, text: str, node: fx.Node | None = None) -> None:
         self.lines.append(text)
-        self.nodes.append((node.name, source_line(node)) if node is not None else ("", ""))
+        known = ("", "", "") if node is None else (node.name, source_line(node), str(node.meta.get(ORIGIN, "")))
+        self.nodes.append(known)
 
     def _call(self, node: fx.Node) -> str:
         if node.target is operator.getitem:

@@ -28,6 +28,7 @@ from fxopt.backends._torch_int8_packer import Int8Packer, Weight, through_casts
 from fxopt.backends._torch_int8_plan import plan
 from fxopt.backends._torch_int8_units import Units
 from fxopt.backends._torch_packer import Fused, hints, read
+from fxopt.program import ORIGIN
 from fxopt.quantized import CHOOSE_QPARAMS, DEQUANTIZE_TENSOR, QUANTIZE_TENSOR, parameters
 
 aten = torch.ops.aten
@@ -77,6 +78,7 @@ class Linears:
         q, scale, zero_point = self._quantized[dequantize]
         fused.bias = self._packer.folded_bias(weight, fused.bias, 1.0, 0)
         what = plan(fused)
+        what.end.meta[ORIGIN] = fused.node.meta.get(ORIGIN, "")
         y = self._units.linear(fused, (q, scale, zero_point), weight, what)
         self._units.finish(fused, y, what)
 

@@ -23,6 +23,7 @@ from fxopt.backends._torch_int8_plan import Plan, plan, result_sizes_agree, runs
 from fxopt.backends._torch_int8_worth import is_tiny
 from fxopt.backends._torch_memory import Aliases
 from fxopt.backends._torch_packer import Fused, hints, read
+from fxopt.program import ORIGIN
 from fxopt.quantized import DEQUANTIZE
 
 aten, onednn = torch.ops.aten, torch.ops.onednn
@@ -52,6 +53,7 @@ class Units:
         if fused.bias is not None and bias is None:
             return False
         what = plan(fused)
+        what.end.meta[ORIGIN] = fused.node.meta.get(ORIGIN, "")  # what replaces it is the work of the layer
         fused.bias = self._packer.folded_bias(weight, fused.bias, x.scale, x.zero_point)
         if not fused.stride:
             y = self.linear(fused, (x.node, x.scale, 0), weight, what)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxopt import ops
-from fxopt.program import Program
+from fxopt.program import ORIGIN, Program
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -158,9 +158,9 @@ class Packer:
         with self.graph.inserting_before(before or like):
             node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=like.name)
         node.meta["val"] = like.meta["val"]
-        trace = (before or like).meta.get("stack_trace")
-        if trace is not None:
-            node.meta["stack_trace"] = trace
+        for key in ("stack_trace", ORIGIN):
+            if key in (before or like).meta:
+                node.meta[key] = (before or like).meta[key]
         return node
 
     def finish(self, fused: Fused, y: fx.Node, *, add: bool, activate: bool) -> None:

@@ -31,8 +31,9 @@ from fxopt.backends._torch_codegen import Code, generate
 from fxopt.backends._torch_int8_kernels import PackedLinear
 from fxopt.backends._torch_semi_structured import Compressed
 from fxopt.backends._torch_snapshot import own
-from fxopt.errors import BackendUnavailable
-from fxopt.program import Program
+from fxopt.errors import BackendUnavailable, PreconditionError
+from fxopt.profiling import Profile, measure
+from fxopt.program import ORIGIN, Program
 from fxopt.target import Target
 
 
@@ -105,6 +106,20 @@ class TorchExecutable(Executable):
         assert isinstance(value, torch.Tensor)
         return value
 
+    def profile(self, inputs: Sequence[Any], runs: int) -> Profile:
+        """Time by operator.
+
+        Raises:
+            PreconditionError: it runs on a GPU, which works on while the clock is read.
+            BackendUnavailable: the program was compiled for a machine that this one is not.
+        """
+        if self._target.name == "cuda":
+            raise PreconditionError("profile() times operators on CPUs; torch.profiler times the kernels of a GPU")
+        self(inputs)
+        timed, operators = self._code.timed()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return measure(lambda mark: timed(inputs, mark), operators, runs=runs)
+
     def nbytes(self) -> int:
         """Bytes of all weights, packed ones as they are packed, shared storage counted once."""
         sizes = {}
@@ -148,6 +163,8 @@ class TorchBackend(Backend):
             return lower_with_inductor(program, target, inputs)
         # Tensors made under a caller's inference_mode would be unusable outside it.
         with torch.inference_mode(mode=False), torch.no_grad():
+            for node in program.graph.nodes:
+                node.meta[ORIGIN] = node.name
             _drop_asserts(program)
             packed, notes = _torch_semi_structured.lower(program, target, _torch_semi_structured.compressor(target))
             if target.name == "cuda":

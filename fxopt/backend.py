@@ -14,9 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxopt.errors import ArtifactError, BackendUnavailable, SpecError, near_miss
+from fxopt.errors import ArtifactError, BackendUnavailable, PreconditionError, SpecError, near_miss
 from fxopt.program import Program
 from fxopt.target import Target
+
+if typing.TYPE_CHECKING:
+    from fxopt.profiling import Profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,17 @@ class Executable(abc.ABC):
             KeyError: the executable holds no such constant.
         """
         raise KeyError(name)
+
+    def profile(self, inputs: Sequence[Any], runs: int) -> Profile:
+        """Time by operator, the median of at most *runs* runs.
+
+        Raises:
+            PreconditionError: this engine does not tell what takes how long.
+        """
+        raise PreconditionError(
+            "this engine runs the whole graph at once and cannot time its nodes: compile with backend='torch' to "
+            "profile node by node"
+        )
 
     def nbytes(self) -> int | None:
         """Bytes of the weights that the engine keeps, or None where it does not say."""

@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxopt import structures
 from fxopt.backend import Executable
 from fxopt.errors import ArtifactError, FxoptError, InputError
 from fxopt.memory import layout
+from fxopt.profiling import Profile
 from fxopt.program import Program
 from fxopt.report import Report
 from fxopt.target import Target
@@ -146,6 +147,32 @@ class CompiledModel:
         variant = self._current("graph")
         return variant.whole_program().to_module()
 
+    def profile(
+        self, inputs: Sequence[Any] | torch.Tensor, kwargs: Mapping[str, Any] | None = None, *, runs: int = 30
+    ) -> Profile:
+        """Time by node, on the torch backend. The report shows it from then on.
+
+        Args:
+            inputs: positional inputs, a tuple (or one tensor), as for ``example_inputs``.
+            kwargs: keyword inputs.
+            runs: how many runs the medians are of, at most; no new one starts after three seconds.
+
+        Returns:
+            A :class:`Profile`; it prints, and ``save("trace.json")`` writes a Chrome trace.
+
+        Raises:
+            InputError: the inputs do not fit, or *runs* is none. PreconditionError: the backend times no nodes.
+        """
+        from fxopt.compiler import as_args, check_kwargs
+
+        if type(runs) is not int or runs < 1:
+            raise InputError(f"runs must be a whole number of at least 1, not {runs!r:.80}")
+        check_kwargs(kwargs)
+        args, named = as_args(inputs) or (), dict(kwargs or {})
+        variant = self._fixed if self._fixed is not None else self._variant(args, named)
+        variant.report.profile = variant.executable.profile(variant.program.signature.bind(args, named), runs)
+        return variant.report.profile
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the compiled model in the format that the suffix names.
 
@@ -163,6 +190,10 @@ class CompiledModel:
             artifact.save(variant, self.target, Path(path))
         else:
             variant.executable.save(Path(path))
+
+    def _repr_html_(self) -> str | None:
+        latest = self._fixed or next(reversed(self._lazy.values()), None)
+        return None if latest is None else latest.report._repr_html_()
 
     def __repr__(self) -> str:
         variant = self._fixed or next(reversed(self._lazy.values()), None)

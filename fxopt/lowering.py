@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt import cost, ops, registry, sparse_packing, verify
+from fxopt import cost, layers, ops, registry, sparse_packing, verify
 from fxopt.backend import Backend, Executable
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
 from fxopt.errors import BackendUnavailable, PreconditionError, UnsupportedOp, VerifyError
+from fxopt.layers import Layer
 from fxopt.measure import latency_ms
 from fxopt.passbase import Pass
 from fxopt.pipeline import Pipeline, State
 from fxopt.program import Program
 from fxopt.progress import Stages
+from fxopt.recording import Snapshot
 from fxopt.report import Report
 from fxopt.target import Target
 
@@ -87,6 +89,8 @@ class Lowering:
     expected: list[Any] | None = None
     candidates: dict[str, float | str] = dataclasses.field(default_factory=dict)
     latency_ms: dict[str, float] = dataclasses.field(default_factory=dict)
+    captured_graph: Snapshot | None = None
+    layers: tuple[Layer, ...] | None = None
 
     def named(self) -> Variant:
         """The variant on the one backend that the user chose."""
@@ -155,6 +159,10 @@ class Lowering:
 
     def _report(self, state: State, backend: Backend) -> Report:
         before, after = self.captured.program, state.program
+        if self.captured_graph is None:
+            self.captured_graph = Snapshot.of(before, "as captured")
+        if self.layers is None or self.rewritten.left:
+            self.layers = layers.collect(after, state.records)
         return Report(
             type(self.plan.model).__name__,
             str(self.plan.target),
@@ -168,6 +176,8 @@ class Lowering:
             self.candidates,
             self.stages.seconds,
             engine_exact=backend.exact,
+            captured=self.captured_graph,
+            layers=self.layers,
         )
 
     @property

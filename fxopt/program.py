@@ -16,6 +16,9 @@ from torch import fx
 
 from fxopt.signature import Signature
 
+# Key of ``node.meta`` under which a backend notes, in its own copy, the name that a node had before lowering.
+ORIGIN = "fxopt_origin"
+
 
 @dataclasses.dataclass
 class Program:

@@ -6,19 +6,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxopt.show import as_text
+from fxopt.layers import Layer
+from fxopt.profiling import Profile
+from fxopt.recording import Snapshot
+from fxopt.show import as_text, bytes_text, ratio_text, si_text, speed_text
 
 if TYPE_CHECKING:
     from fxopt.passbase import Pass
     from fxopt.program import Program
+    from fxopt.report_html import Run
     from fxopt.rewriter import Rewriter, Skip
     from fxopt.verify import Difference
 
@@ -37,6 +43,7 @@ class PassRecord:
         seconds: time for the pass and its verification.
         difference: outputs against those before the pass (against eager for exact ones); None if not compared.
         details: what else the pass reports, by topic.
+        graph: as the pass left it; None where it changed nothing.
     """
 
     name: str
@@ -50,6 +57,7 @@ class PassRecord:
     seconds: float
     difference: Difference | None
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    graph: Snapshot | None = dataclasses.field(default=None, repr=False)
 
     @staticmethod
     def of(
@@ -73,6 +81,7 @@ class PassRecord:
             seconds,
             difference,
             rewriter.details,
+            Snapshot.of(after, f"after {one.name}") if rewriter.edits else None,
         )
 
 
@@ -98,6 +107,9 @@ class Report:
         error: largest error of the compiled model against eager, relative to the range; None if not compared.
         engine_exact: False where the engine was told to compute in a lower precision than the graph.
         notes: remarks of the backend.
+        captured: the graph before all passes.
+        layers: each conv, linear and product of the final graph in numbers.
+        profile: what ``CompiledModel.profile`` measured last, or None.
     """
 
     model: str
@@ -114,6 +126,9 @@ class Report:
     error: float | None = None
     engine_exact: bool = True
     notes: Sequence[str] = ()
+    captured: Snapshot | None = dataclasses.field(default=None, repr=False)
+    layers: tuple[Layer, ...] = dataclasses.field(default=(), repr=False)
+    profile: Profile | None = dataclasses.field(default=None, repr=False)
 
     @property
     def exact(self) -> bool:
@@ -129,6 +144,25 @@ class Report:
     def skips(self) -> list[Skip]:
         """Everything that was left alone, by all passes, with reasons."""
         return [skip for p in self.passes for skip in p.skips]
+
+    def to_html(self, path: str | os.PathLike[str], *, runs: Iterable[Report | Run] = ()) -> Path:
+        """Write the report as one page that any browser opens from disk; see :mod:`fxopt.report_html`.
+
+        Args:
+            path: of the file.
+            runs: other compiles to compare this one with, by size, speed and accuracy.
+
+        Raises:
+            InputError: *path* is no path, or the file cannot be written.
+        """
+        from fxopt import report_html
+
+        return report_html.write(self, path, runs)
+
+    def _repr_html_(self) -> str:
+        from fxopt import report_html
+
+        return report_html.summary(self)
 
     def __str__(self) -> str:
         return as_text(self)
@@ -152,14 +186,14 @@ class Report:
         for title in ("", "model", "compiled", ""):
             table.add_column(title, justify="left" if not title else "right")
         for title, pair in (("parameters", self.parameters), ("MACs", self.macs)):
-            table.add_row(title, _si(pair[0]), _si(pair[1]), _ratio(*pair))
-        table.add_row("weights", _bytes(self.bytes[0]), _bytes(self.bytes[1]), _ratio(*self.bytes))
+            table.add_row(title, si_text(pair[0]), si_text(pair[1]), ratio_text(*pair))
+        table.add_row("weights", bytes_text(self.bytes[0]), bytes_text(self.bytes[1]), ratio_text(*self.bytes))
         if 0 < self.packed_bytes < self.bytes[1]:
             packed = (self.bytes[0], self.packed_bytes)
-            table.add_row("weights, zeros packed", _bytes(packed[0]), _bytes(packed[1]), _ratio(*packed))
+            table.add_row("weights, zeros packed", bytes_text(packed[0]), bytes_text(packed[1]), ratio_text(*packed))
         if {"eager", "fxopt"} <= self.latency_ms.keys():
             a, b = self.latency_ms["eager"], self.latency_ms["fxopt"]
-            table.add_row("latency", f"{a:.2f} ms", Text(f"{b:.2f} ms", "bold"), Text(_speed(a, b), "bold"))
+            table.add_row("latency", f"{a:.2f} ms", Text(f"{b:.2f} ms", "bold"), Text(speed_text(a, b), "bold"))
         if self.error is not None:
             table.add_row("error", "", f"{self.error:.1e}", "of the output's range, against eager")
         return table
@@ -203,24 +237,3 @@ class Report:
             if len(reasons) > 8:
                 parts.append(Text(f"  {p.name}: {len(reasons) - 8} more reasons in report.skips", style="dim"))
         return parts
-
-
-def _si(value: float) -> str:
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
-
-
-def _speed(before: float, after: float) -> str:
-    return f"{before / after:.2f} × faster" if before >= after else f"{after / before:.2f} × slower"
-
-
-def _ratio(before: float, after: float) -> str:
-    if not before or not after or before == after:
-        return ""
-    return f"{before / after:.2f} × smaller" if before > after else f"{after / before:.2f} × larger"
