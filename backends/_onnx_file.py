@@ -179,9 +179,11 @@ class OnnxFile:
             raise ArtifactError(f"cannot write {path}: {error}") from error
 
     def explain(self, error: Exception) -> str:
-        """The first line of an engine's *error*, and the user's ops that the ONNX nodes in it stand for."""
+        """What an engine's *error* says first, or is about, and the user's ops that the ONNX nodes in it stand for."""
         text = str(error).strip().replace(str(self.path), self.path.name) or type(error).__name__
         line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", text.splitlines()[0])
+        unconverted = re.search(r"Conversion is failed for: (.+)", text)  # OpenVINO says it in its last line
+        line = f"it does not convert {unconverted[1]}" if unconverted else line
         names = dict.fromkeys(word for word in re.findall(r"[\w.]+", text) if word in self.origins)
         return line + "".join(f" [{self.origins[name]}]" for name in names)
 

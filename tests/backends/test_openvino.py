@@ -17,6 +17,7 @@ import fxopt
 from fxopt.backends.openvino import OpenVinoBackend, OpenVinoExecutable
 from fxopt.capture import Captured, capture
 from fxopt.target import resolve_target
+from tests.backends.engine_models import Function
 from tools import models
 
 pytest.importorskip("openvino")
@@ -169,3 +170,10 @@ def test_a_missing_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     with pytest.raises(fxopt.BackendUnavailable, match=r"pip install .*openvino"):
         lower(nn.ReLU(), (torch.randn(2),))
+
+
+def test_what_it_does_not_convert_is_named() -> None:
+    model = Function(lambda x, i: x.gather(1, i))
+    inputs = (torch.randn(2, 4, 4), torch.zeros(2, 1, 2, dtype=torch.int64))
+    with pytest.raises(fxopt.UnsupportedOp, match="OpenVINO cannot run this model: it does not convert GatherElements"):
+        fxopt.compile(model, example_inputs=inputs, backend="openvino")
