@@ -8,7 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,11 +23,14 @@ from fxopt.capture import Captured, capture
 from fxopt.compiled import CompiledModel, Variant
 from fxopt.errors import FxoptError, InputError
 from fxopt.lowering import Lowering, Rewritten
-from fxopt.notice import LOG, configure_log
+from fxopt.notice import LOG, cache_folder, configure_log
 from fxopt.passbase import Pass, PassContext
 from fxopt.pipeline import Pipeline, full_pipeline
 from fxopt.progress import Stages
 from fxopt.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from fxopt.cache import Entry
 
 # Bytes of weights from which peak memory matters more than the 0.2 s that returning freed memory takes.
 _LARGE = 2**28
@@ -47,19 +50,17 @@ def compile(  # noqa: A001 - the name that torch users look for
     backend_options: Mapping[str, Any] | None = None,
     verify: bool = True,
     dump: str | os.PathLike[str] | None = None,
+    cache: bool | str | os.PathLike[str] | None = None,
 ) -> CompiledModel:
     """Compile a trained model for inference on *target*.
 
     Args:
-        model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; compiled as in eval mode, with the weights
-            as they are now.
+        model: nn.Module, ExportedProgram or fx.GraphModule. Never modified; in eval mode, with its weights of now.
         target: "x86", "cortex-a76 -mattr=+i8mm", or another of :func:`fxopt.targets`; or a :class:`Target`.
-        example_inputs: positional example inputs, a tuple (or one tensor). With neither these nor *example_kwargs*, it
-            is captured at its first call.
+        example_inputs: positional ones, a tuple or tensor. Without any example the model is captured at its first call.
         example_kwargs: keyword example inputs.
         dynamic_shapes: sizes to keep open, as ``torch.export.export`` takes them: ``{"x": {0: "batch"}}``.
-        passes: None for the exact pipeline; a spec string such as ``"cast-precision{dtype=bf16}"``, or a sequence of
-            names and Pass objects, to add to it.
+        passes: what to add to the exact passes: a spec such as ``"cast-precision{dtype=bf16}"``, names, Pass objects.
         calibration: iterable of input tuples, for passes that look at data.
         loss: for passes that look at gradients: a function of the model's outputs and of what a calibration batch has
             beyond the inputs: ``torch.nn.functional.cross_entropy`` for (image, label) batches.
@@ -68,6 +69,8 @@ def compile(  # noqa: A001 - the name that torch users look for
         verify: check graph and outputs after each pass, and the lowered model in the end.
         dump: folder for one ``.fxir`` file per pass, replacing earlier ones; the variable FXOPT_DUMP sets it too. For
             models captured at their first call it has folders ``variant-1`` and so on.
+        cache: True, or a folder, keeps the result on disk for when the same is compiled again; FXOPT_CACHE too. Not
+            with *dump*, nor with functions such as *loss*.
 
     Returns:
         A :class:`CompiledModel`, called like the model.
@@ -78,6 +81,7 @@ def compile(  # noqa: A001 - the name that torch users look for
             failed. UnsupportedOp, BackendUnavailable: the backend cannot run this model, or is not installed.
     """
     plan = Plan.check(model, target, passes, calibration, loss, backend, backend_options, verify, dump, dynamic_shapes)
+    plan = dataclasses.replace(plan, cache=cache_folder(cache))
     inputs = as_args(example_inputs)
     check_kwargs(example_kwargs)
     if inputs is None and example_kwargs is None and not isinstance(model, ExportedProgram):
@@ -141,6 +145,7 @@ class Plan:
 
     Attributes:
         captured: what to build, where it has been captured already.
+        cache: folder of compiled models, where there is to be one.
     """
 
     model: nn.Module | ExportedProgram
@@ -153,6 +158,7 @@ class Plan:
     dump: str | os.PathLike[str] | None
     dynamic_shapes: Any
     captured: Captured | None = None
+    cache: Path | None = None
 
     @staticmethod
     def check(
@@ -209,12 +215,28 @@ class Plan:
             with stages.stage("capture"):
                 captured = self.captured or capture(self.model, args, kwargs, self.dynamic_shapes)
             LOG.info("captured %s: %d nodes", type(self.model).__name__, len(captured.program.graph.nodes))
+            kept = None if self.cache is None else self._kept(captured)
+            if kept is not None and (found := kept.get(stages)) is not None:
+                return found
             with stages.stage("passes"):
                 rewritten = self._rewrite(captured, stages)
             lower = Lowering(self, captured, rewritten, stages)
             _return_freed_memory(captured.program.nbytes())
             del rewritten  # weights live on in the lowering alone, where an engine may consume them
-            return lower.best() if self.backend == "auto" else lower.named()
+            variant = lower.best() if self.backend == "auto" else lower.named()
+            if kept is not None:
+                kept.put(variant)
+            return variant
+
+    def _kept(self, captured: Captured) -> Entry | None:
+        """The place of this compile in the cache, where what it depends on can be told."""
+        from fxopt.cache import Cache, Entry, key_of
+
+        if self.dump is not None or self.loss is not None:
+            return None
+        assert self.cache is not None
+        key = key_of(captured, self.passes, self.target, self.backend, self.verify, self.calibration)
+        return None if key is None else Entry(Cache.at(self.cache), key, self.target)
 
     def build_variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         """As :meth:`build`, for one of several calls that differ: each has a dump folder of its own."""

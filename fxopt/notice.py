@@ -1,4 +1,4 @@
-"""Warnings that point to the user's own line, and the log.
+"""What the surroundings say and are told: warnings at the user's own line, the log, the folder of the cache.
 
 ``FXOPT_LOG=info`` (or debug, warning, error) writes what fxopt does to stderr; without it the logger ``fxopt`` is the
 application's to configure, as any other.
@@ -51,3 +51,20 @@ def configure_log() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s fxopt %(levelname)s %(message)s", "%H:%M:%S"))
     LOG.addHandler(handler)
     LOG.setLevel(level.upper())
+
+
+def cache_folder(asked: object) -> Path | None:
+    """Where compiled models are kept, for the argument ``cache`` of :func:`fxopt.compile`; None for nowhere.
+
+    Raises:
+        InputError: it is neither a yes, a no nor a folder.
+    """
+    if asked is None:
+        text = os.environ.get("FXOPT_CACHE") or "0"
+        asked = {"0": False, "1": True}.get(text, text)
+    if isinstance(asked, bool):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home) / "fxopt" if asked else None
+    if not isinstance(asked, (str, os.PathLike)):
+        raise InputError(f"cache must be True, False or a folder, not {asked!r:.80}")
+    return Path(asked)

@@ -182,6 +182,20 @@ def report(
     return look.report(artifact, output, allow_code=allow_code, as_json=as_json)
 
 
+@app.command()
+@guarded
+def cache(
+    folder: Annotated[Path | None, typer.Option(help="The folder; the user's own where none is given.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove everything in it.")] = False,
+    as_json: Json = False,
+) -> int | None:
+    """Compiled models that are kept on disk (FXOPT_CACHE=1, or compile(..., cache=True))."""
+    from fxopt.cli import look
+
+    look.cache(folder, clear=clear, as_json=as_json)
+    return None
+
+
 def _listing(name: str, text: str) -> None:
     """A command that prints a table and takes nothing."""
 

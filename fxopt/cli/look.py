@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import importlib.util
 from collections.abc import Sequence
@@ -17,10 +18,13 @@ from rich.text import Text
 import fxopt
 from fxopt import dump as fxir
 from fxopt import registry
+from fxopt.artifact.container import Container
 from fxopt.artifact.reports import encode_report
+from fxopt.cache import Cache
 from fxopt.cli import build, sources
 from fxopt.cli.output import NO, emit
 from fxopt.errors import InputError
+from fxopt.notice import cache_folder
 
 
 def dump(name: str, inputs: Sequence[str], target: str | None, passes: str | None, *, as_json: bool) -> int | None:
@@ -126,3 +130,24 @@ def backends(*, as_json: bool) -> None:
         state = Text("yes", "green") if not missing else Text(f"no: pip install {cls.install}", "red")
         table.add_row(Text(name, "bold"), state, ", ".join(f"{key}={value}" for key, value in options.items()))
     emit({"backends": rows}, table, as_json=as_json)
+
+
+def cache(folder: Path | None, *, clear: bool, as_json: bool) -> None:
+    """What the cache holds, the latest used first; or nothing any more."""
+    kept = Cache.at(folder or cache_folder(True) or Path())
+    if clear:
+        count = kept.clear()
+        emit({"folder": str(kept.folder), "removed": count}, f"{count} files removed", as_json=as_json)
+        return
+    rows, table = [], Table(box=None, header_style="dim", pad_edge=False)
+    for title in ("model", "backend", "target", "MB", "used"):
+        table.add_column(title, justify="right" if title == "MB" else "left")
+    for path in reversed(kept.files()):
+        about, status = Container(path), path.stat()
+        used = datetime.datetime.fromtimestamp(status.st_mtime).isoformat(" ", "minutes")
+        model = about.json("report.json")["model"]
+        row = {"model": model, "backend": about.manifest["backend"], "target": about.manifest["target"]["name"]}
+        rows.append({**row, "bytes": status.st_size, "used": used, "file": path.name})
+        table.add_row(*row.values(), f"{status.st_size / 1e6:.1f}", used)
+    total = Text(f"{len(rows)} models, {kept.nbytes() / 1e6:.1f} MB of {kept.most / 1e6:.0f} in {kept.folder}", "dim")
+    emit({"folder": str(kept.folder), "most": kept.most, "models": rows}, Group(table, total), as_json=as_json)
