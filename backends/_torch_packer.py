@@ -139,7 +139,11 @@ class Packer:
             assert value is not None
             name = f"{weight.target}_{key[1]}_{len(self._packed)}"
             self.program.constants[name] = made = make(value.detach())
-            self.originals[str(weight.target)] = functools.partial(_unpack, made, value.shape, groups)
+            original = functools.partial(_unpack, made, value.shape, groups)
+            # Where oneDNN has the groups of a transposed convolution follows no rule that could be turned back.
+            if (groups or 1) > 1 and not torch.equal(original(), value):
+                original = functools.partial(torch.clone, value.clone())
+            self.originals[str(weight.target)] = original
             first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
             with self.graph.inserting_before(first):
                 self._packed[key] = self.graph.get_attr(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,20 @@ def test_weights_are_packed_once_and_released() -> None:
     unpacked = sum(p.numel() * 4 for p in model.parameters())
     assert size is not None
     assert unpacked <= size <= 2 * unpacked
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 32])
+@pytest.mark.parametrize("passes", [None, "cast-precision{dtype=bf16}"])
+def test_weights_of_transposed_convolutions_come_back(groups: int, passes: str | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 9, 11)
+    for outputs, more in ((64, 0), (64, 1), (32, 1)):
+        model = nn.ConvTranspose2d(32, outputs, 3, stride=2, groups=groups, output_padding=more)
+        compiled = fxopt.compile(model, example_inputs=(x,), passes=passes, backend="torch")
+        [weight] = [value for value in compiled.graph.state_dict().values() if value.dim() == 4]
+        assert torch.equal(weight, model.weight.to(weight.dtype))
+        compiled.save(tmp_path / "m.fxopt")
+        assert torch.equal(fxopt.load(tmp_path / "m.fxopt")(x), compiled(x))
 
 
 def test_tied_weight_with_another_user_stays() -> None:
