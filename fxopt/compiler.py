@@ -69,8 +69,7 @@ def compile(  # noqa: A001 - the name that torch users look for
         verify: check graph and outputs after each pass, and the lowered model in the end.
         dump: folder for one ``.fxir`` file per pass, replacing earlier ones; the variable FXOPT_DUMP sets it too. For
             models captured at their first call it has folders ``variant-1`` and so on.
-        cache: True, or a folder, keeps the result on disk for when the same is compiled again; FXOPT_CACHE too. Not
-            with *dump*, nor with functions such as *loss*.
+        cache: True, or a folder, keeps the result for the next such compile; FXOPT_CACHE too. Not with *dump*, *loss*.
 
     Returns:
         A :class:`CompiledModel`, called like the model.
