@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from fxopt import structures
 from fxopt.backend import Executable
 from fxopt.errors import ArtifactError, FxoptError, InputError
 from fxopt.memory import layout
+from fxopt.notice import warn
 from fxopt.profiling import Profile
 from fxopt.program import Program
 from fxopt.report import Report
@@ -226,11 +226,10 @@ class CompiledModel:
                     self._lazy.move_to_end(known)
                     return variant
             if self._lazy:
-                warnings.warn(
+                warn(
                     f"fxopt: the model is called with new input structure, shapes or dtypes and is captured again "
                     f"({len(self._lazy)} variants so far, the latest {_MOST_VARIANTS} are kept). "
-                    "Give example_inputs and dynamic_shapes to fxopt.compile to capture once.",
-                    stacklevel=3,
+                    "Give example_inputs and dynamic_shapes to fxopt.compile to capture once."
                 )
             detached = pytree.tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, (args, kwargs))
             assert self._build is not None

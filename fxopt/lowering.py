@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt import cost, layers, ops, registry, sparse_packing, verify
+from fxopt import cost, layers, locate, ops, registry, sparse_packing, verify
 from fxopt.backend import Backend, Executable
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
 from fxopt.errors import BackendUnavailable, PreconditionError, UnsupportedOp, VerifyError
 from fxopt.layers import Layer
 from fxopt.measure import latency_ms
+from fxopt.notice import LOG, warn
 from fxopt.passbase import Pass
 from fxopt.pipeline import Pipeline, State
 from fxopt.program import Program
@@ -125,12 +125,13 @@ class Lowering:
             with self.stages.stage("measure"):
                 latency = self._latency(variant)
             self.candidates[name] = latency
+            LOG.info("%s: %.3f ms", name, latency)
             if best is None or latency < self.latency_ms["fxopt"]:
                 best, self.latency_ms["fxopt"] = variant, latency
         if best is None and failed and all(isinstance(error, PreconditionError) for error in failed.values()):
             raise next(iter(failed.values()))  # what a pass asks for, the others would ask for as well
         for name, reason in failed.items():
-            warnings.warn(f"fxopt: backend {name} is left out, it failed: {reason}", stacklevel=4)
+            warn(f"fxopt: backend {name} is left out, it failed: {reason}")
         if best is None:
             reasons = "; ".join(f"{k}: {v}" for k, v in self.candidates.items())
             raise BackendUnavailable(f"no backend of target {self.plan.target} takes this model: {reasons}")
@@ -151,6 +152,7 @@ class Lowering:
             self.stages.say(f"lowering to {backend.name}")
             executable = hand_over(program, backend, self.plan.target, self.captured.inputs)
         report.notes = executable.notes
+        LOG.info("lowered to %s", backend.name)
         options = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)}
         variant = Variant(program, executable, backend.name, report, options)
         if self.expected is not None and not self._random:
@@ -201,7 +203,21 @@ class Lowering:
         except RuntimeError:  # integers of a quantized graph, or a kernel without float64: nothing explains it
             rounding = False
         if not rounding:
-            raise VerifyError(f"backend {variant.backend} does not compute what the graph does: {difference}")
+            raise VerifyError(
+                f"backend {variant.backend} does not compute what the graph does: {difference}{self._where(variant)}"
+            )
+
+    def _where(self, variant: Variant) -> str:
+        """The end of a sentence: the node at which the engine's values part from the graph's."""
+        asked = self.plan.backend
+        engine = asked if isinstance(asked, Backend) else registry.find_backend(variant.backend)()
+        tolerance = _engine_tolerance(variant.report.exact)
+
+        def lower(program: Program) -> Executable:
+            return engine.lower(program, self.plan.target, self.captured.inputs)
+
+        place = locate.first_stray(variant.whole_program(), lower, self.captured.inputs, tolerance)
+        return f"; values part first at {place}" if place else ""
 
     def _as_near_as_the_graph(self, outputs: Sequence[Any]) -> bool:
         """Whether an engine that rounds otherwise strays no farther from the user's model than a lossy graph does.
