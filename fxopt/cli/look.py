@@ -75,8 +75,7 @@ def report(path: str, output: Path | None, *, allow_code: bool, as_json: bool) -
         return None
     if output.suffix not in (".html", ".htm"):
         raise InputError(f"--output {str(output)!r}: the report is written as .html")
-    page: Any = found
-    page.to_html(output)
+    found.to_html(output)
     emit({"output": str(output)}, Text(f"Written to {output}", "green"), as_json=as_json)
     return None
 
