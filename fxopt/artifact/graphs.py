@@ -8,6 +8,7 @@ the operators give, whatever the file says.
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 import re
@@ -163,6 +164,8 @@ def _resolve(name: Any, allowed: Collection[str]) -> Any:
     packet, _, overload = rest.partition(".")
     if not _WORD.fullmatch(space) or not _WORD.fullmatch(packet) or packet in _REFUSED:
         raise ArtifactError(f"an artifact may not call {name!r:.80}")
+    if space == "quantized_decomposed":
+        importlib.import_module("fxopt.quantized")  # registers them; not every model needs what that imports
     if space == "higher_order" and packet in _HIGHER_ORDER:
         return getattr(torch.ops.higher_order, packet)
     found = getattr(getattr(torch.ops, space), packet, None)

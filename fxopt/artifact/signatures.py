@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
+from torch._guards import GuardSource, Source
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -75,6 +76,21 @@ def _encode_forward(forward: inspect.Signature | None) -> Any:
         return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Named(Source):
+    """Where a size comes from: the file. (Dynamo's own kinds take a second to import.)"""
+
+    word: str
+
+    @property
+    def guard_source(self) -> GuardSource:  # type: ignore[override]
+        return GuardSource.CONSTANT
+
+    @property
+    def _name_template(self) -> str:
+        return self.word
+
+
 class Sizes:
     """The dynamic sizes of a loaded program: a symbol for each, in a ShapeEnv of its own.
 
@@ -95,7 +111,7 @@ class Sizes:
             if "size" in entry:
                 hint = _whole(entry["size"])
                 symbol = self.env.create_symbol(
-                    hint, ConstantSource(name), DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+                    hint, _Named(name), DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
                 )
                 self.env.var_to_range[symbol] &= ValueRanges(min(low, hint, 2), max(high, hint))
                 self.hints[symbol] = hint

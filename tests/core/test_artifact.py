@@ -214,6 +214,17 @@ def test_neither_class_nor_source_is_needed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_quantized_model_loads_in_a_new_process(tmp_path: Path) -> None:
+    """There nothing has registered the operators of quantization yet."""
+    model, inputs, _ = compiled("int8", "torch")
+    model.save(tmp_path / "m.fxopt")
+    torch.save([inputs[0], model(*inputs)], tmp_path / "x.pt")
+    code = "import sys, torch, fxopt; x, y = torch.load(sys.argv[2]); assert torch.equal(fxopt.load(sys.argv[1])(x), y)"
+    command = [sys.executable, "-c", code, str(tmp_path / "m.fxopt"), str(tmp_path / "x.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_operators_of_others_only_where_allowed(tmp_path: Path) -> None:
     with torch.library._scoped_library("artifact_test", "DEF") as library:
         library.define("twice(Tensor x) -> Tensor")
