@@ -6,13 +6,14 @@ import importlib.util
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fxopt
-from tools import arm, arm_sysroot, digits
+from tools import arm, arm_count, arm_sysroot, digits
 from tools.arm_sysroot import CannotSetUp, Machine
 from tools.calibration import Inputs
 
@@ -57,7 +58,7 @@ def test_a_network_in_fp32(emulated: Machine, network: Network, backend: str) ->
 @pytest.mark.parametrize("backend", ["onnx", pytest.param("tvm", marks=WITH_TVM)])
 def test_a_network_in_int8(emulated: Machine, network: Network, backend: str) -> None:
     model, inputs, batches = network
-    how = {"target": "cortex-a76", "backend": backend, "passes": INT8}
+    how: dict[str, Any] = {"target": "cortex-a76", "backend": backend, "passes": INT8}
     result = arm.compiled_and_run(emulated, model, inputs, calibration=batches, **how)
     assert result.top1 == 1
     assert result.error <= 0.02, "a few steps of 1/255 of the range"
@@ -72,7 +73,7 @@ def test_an_old_processor_gets_no_instruction_that_it_does_not_have(
     """QEMU's cortex-a72 stops at instructions that came after ARMv8.0."""
     model, inputs, batches = network
     data = batches if passes else None
-    how = {"target": "cortex-a72", "cpu": "cortex-a72", "backend": "tvm"}
+    how: dict[str, Any] = {"target": "cortex-a72", "cpu": "cortex-a72", "backend": "tvm"}
     result = arm.compiled_and_run(emulated, model, inputs, passes=passes, calibration=data, **how)
     assert result.top1 == 1
     assert result.error <= (arm.TOLERANCE if passes is None else 0.02)
@@ -109,6 +110,40 @@ def test_the_emulator_has_the_features_of_its_processor_alone(emulated: Machine,
     call = ["-c", f"import ctypes; print(ctypes.CDLL({str(library)!r}).dot())"]
     assert emulated.python(call, cpu="cortex-a76").stdout == "37\n"
     assert emulated.python(call, cpu="cortex-a72").returncode != 0
+
+
+@pytest.mark.slow
+def test_instructions_that_are_executed_are_counted(emulated: Machine, tmp_path: Path) -> None:
+    (tmp_path / "sum.c").write_text(
+        "float sum(const float *x, int n) { float s = 1; for (int i = 0; i < n; i++) s = s * 0.5f + x[i]; return s; }\n"
+    )
+    command = [emulated.tool("gcc"), "-O2", "-shared", "-fPIC", "-o", str(tmp_path / "sum.so"), str(tmp_path / "sum.c")]
+    subprocess.run(command, check=True, capture_output=True)
+    script = tmp_path / "call.py"
+    script.write_text(
+        f"import ctypes, sys\nctypes.CDLL({str(tmp_path / 'sum.so')!r}).sum((ctypes.c_float * 300)(), 300)\n"
+    )
+    executed = arm_count.executed(emulated, [str(script)], "sum.so")
+    assert executed["fmadd"] == 300
+    assert 1200 < executed.total() < 2400
+    with pytest.raises(RuntimeError, match=r"the script loads no other\.so"):
+        arm_count.executed(emulated, [str(script)], "other.so")
+    script.write_text("raise SystemExit('no')")
+    with pytest.raises(RuntimeError, match="the script fails: no"):
+        arm_count.executed(emulated, [str(script)], "sum.so")
+
+
+@pytest.mark.slow
+@WITH_TVM
+def test_a_library_multiplies_in_vectors(emulated: Machine) -> None:
+    """Of four numbers each: no more multiplications than there are to do, padding of the tiles aside."""
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(64, 64).eval(), (torch.randn(8, 64),)
+    result = arm.compiled_and_run(emulated, model, inputs, target="cortex-a76", backend="tvm", count=True)
+    assert result.error <= arm.TOLERANCE
+    needed = 8 * 64 * 64 // 4
+    assert needed <= result.executed["fmla"] <= 1.5 * needed
+    assert result.executed.total() < 4 * needed
 
 
 @pytest.mark.slow
@@ -149,6 +184,22 @@ def test_what_differs_there_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.error > 0.1
     monkeypatch.setattr(arm, "run", lambda *args, **options: [expected.astype("float64")])
     assert arm.compiled_and_run(Machine(Path("/nowhere")), model, inputs).error == float("inf")
+
+
+def test_blocks_count_as_often_as_they_run() -> None:
+    log = """----------------
+IN: sum
+0x5500a25e80:  d0000841  fmadd    s0, s0, s1, s2
+0x5500a25e84:  54000040  b.eq     #0x5500a25ea4
+
+Trace 0: 0x7fcb32e83ac0 [0000000001009b31/0000005500a25e80/00000001/00000200] sum
+Trace 0: 0x7fcb32e83ac0 [0000000001009b31/0000005500a25e80/00000001/00000200] sum
+----------------
+IN:
+0x5500a25ea0:  d65f03c0  ret
+Trace 0: 0x7fcb32e83cc0 [0000000001009331/0000005500a25ea0/00000001/00000200]
+"""
+    assert arm_count.counted(log.splitlines()) == {"fmadd": 2, "b.eq": 2, "ret": 1}
 
 
 def test_top1_compares_rows() -> None:

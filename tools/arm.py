@@ -5,8 +5,8 @@
     tools/arm --setup             the emulated machine alone; tools/arm_sysroot.py says what it is
 
 An fp32 model passes where no output differs by more than 1e-4 of its range from eager here; an int8 model where the
-largest output of each row is the same as in the quantized graph here. Instructions are counted in the file, and say
-what the code generator did, not how long it takes.
+largest output of each row is the same as in the quantized graph here. Instructions are those in the file, and with
+--count those that a call executes; how long they take on a processor is another question.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import verify
-from tools import digits, models
+from tools import arm_count, digits, models
 from tools.arm_sysroot import Machine, machine
 from tools.calibration import Inputs, samples
 
@@ -50,11 +50,13 @@ class Result:
         error: largest difference of an output from this host's, relative to its range.
         top1: share of rows whose largest output is the same.
         instructions: how often each instruction is in the library; empty for ONNX files.
+        executed: how often each is executed in one call, where that was asked for.
     """
 
     error: float
     top1: float
     instructions: Counter[str] = field(default_factory=Counter)
+    executed: Counter[str] = field(default_factory=Counter)
 
 
 def compiled_and_run(
@@ -67,8 +69,11 @@ def compiled_and_run(
     passes: str | None = None,
     calibration: Sequence[Inputs] | None = None,
     cpu: str = "max",
+    count: bool = False,
 ) -> Result:
     """Compile *model* for *target*, run it on the emulated *cpu*, and compare with the graph that was compiled.
+
+    With *count* the instructions of a library that one call executes are counted, too.
 
     Raises:
         FxoptError: it does not compile. RuntimeError: it does not run there.
@@ -83,11 +88,15 @@ def compiled_and_run(
     with tempfile.TemporaryDirectory(prefix="fxopt-arm-") as folder:
         file = save(compiled, emulated, Path(folder))
         given = run(emulated, file, [x.numpy() for x in flat], cpu=cpu)
-        counted = instructions(emulated, file) if file.suffix == ".so" else Counter[str]()
+        library = file.suffix == ".so"
+        counted = instructions(emulated, file) if library else Counter[str]()
+        executed = (
+            arm_count.executed(emulated, _script(file), file.name, cpu=cpu) if library and count else Counter[str]()
+        )
     tensors = [x for x in wanted if isinstance(x, torch.Tensor)]
     outputs = [torch.from_numpy(y) for y in given]
     error = verify.compare(tensors, outputs).error
-    return Result(error, top1(tensors[0], outputs[0]), counted)
+    return Result(error, top1(tensors[0], outputs[0]), counted, executed)
 
 
 def save(compiled: fxopt.CompiledModel, emulated: Machine, folder: Path) -> Path:
@@ -110,12 +119,16 @@ def run(emulated: Machine, file: Path, inputs: Sequence[Any], *, cpu: str = "max
         RuntimeError: it fails there.
     """
     numpy.savez(file.parent / "inputs.npz", **{str(i): x for i, x in enumerate(inputs)})
-    paths = [str(path) for path in (GUEST, file, file.parent / "inputs.npz", file.parent / "outputs.npz")]
-    done = emulated.python(paths, cpu=cpu)
+    done = emulated.python(_script(file), cpu=cpu)
     if done.returncode:
         raise RuntimeError(f"{file.name} does not run on {cpu}: {done.stderr.strip()[-1500:] or done.returncode}")
     results = numpy.load(file.parent / "outputs.npz")
     return [results[str(i)] for i in range(len(results))]
+
+
+def _script(file: Path) -> list[str]:
+    """What runs the saved model *file* there, with the inputs beside it."""
+    return [str(path) for path in (GUEST, file, file.parent / "inputs.npz", file.parent / "outputs.npz")]
 
 
 def instructions(emulated: Machine, library: Path) -> Counter[str]:
@@ -149,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default="cortex-a76")
     parser.add_argument("--cpu", default="max", help="what QEMU emulates: max, cortex-a76, cortex-a72, neoverse-n1...")
     parser.add_argument("--backends", default="onnx,tvm")
+    parser.add_argument("--count", action="store_true", help="count the instructions of one call, for one row of input")
     options = parser.parse_args(argv)
     emulated = machine()
     if options.setup:
@@ -160,23 +174,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table("model", "engine", "", "error / range", "top-1 equal", "instructions", title=title)
     failed = 0
     for name in options.models or NETWORKS:
-        model, inputs, batches = subject(name)
         for backend in options.backends.split(","):
-            for kind, passes in (("fp32", None), ("int8", "insert-fake-quant")):
-                how = {"target": options.target, "backend": backend, "cpu": options.cpu, "passes": passes}
-                try:
-                    one = compiled_and_run(emulated, model, inputs, calibration=batches if passes else None, **how)
-                except (fxopt.FxoptError, RuntimeError) as error:
-                    table.add_row(name, backend, kind, "", "", str(error)[:200], style="red")
-                    failed += 1
-                    continue
-                good = one.error <= TOLERANCE if passes is None else one.top1 == 1
+            for int8 in (False, True):
+                cells, good = _row(emulated, name, backend, options, int8=int8)
+                table.add_row(name, backend, "int8" if int8 else "fp32", *cells, style="" if good else "red")
                 failed += not good
-                shown = ", ".join(f"{one.instructions[i]} {i}" for i in _SHOWN if one.instructions[i])
-                row = (name, backend, kind, f"{one.error:.1e}", f"{one.top1:.1%}", shown)
-                table.add_row(*row, style="" if good else "red")
     Console().print(table)
     sys.exit(1 if failed else 0)
+
+
+def _row(
+    emulated: Machine, name: str, backend: str, options: argparse.Namespace, *, int8: bool
+) -> tuple[list[str], bool]:
+    """The last columns for one model, and whether it passes."""
+    model, inputs, batches = subject(name)
+    if options.count:
+        inputs, batches = tuple(x[:1] for x in inputs), [tuple(x[:1] for x in batch) for batch in batches]
+    how = {"target": options.target, "backend": backend, "cpu": options.cpu, "count": options.count}
+    try:
+        if int8:
+            one = compiled_and_run(emulated, model, inputs, passes="insert-fake-quant", calibration=batches, **how)
+        else:
+            one = compiled_and_run(emulated, model, inputs, **how)
+    except (fxopt.FxoptError, RuntimeError) as error:
+        return ["", "", str(error)[:200]], False
+    source = one.executed or one.instructions
+    shown = ", ".join(f"{source[i]:,} {i}" for i in _SHOWN if source[i])
+    shown += f" of {source.total():,}" if source else ""
+    return [f"{one.error:.1e}", f"{one.top1:.1%}", shown], one.top1 == 1 if int8 else one.error <= TOLERANCE
 
 
 if __name__ == "__main__":

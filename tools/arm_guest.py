@@ -34,11 +34,11 @@ def _onnx(model: str, given: list[numpy.ndarray]) -> list[numpy.ndarray]:
 
 def _tvm(model: str, given: list[numpy.ndarray]) -> list[numpy.ndarray]:
     import tvm
-    from tvm import relax
+    from tvm.runtime.vm import VirtualMachine
 
     library = tvm.runtime.load_module(model)
     weights = tvm.runtime.load_param_dict_from_file(str(pathlib.Path(model).with_suffix(".params")))
-    main = relax.VirtualMachine(library, tvm.cpu())["main"]
+    main = VirtualMachine(library, tvm.cpu())["main"]
     values = [tvm.runtime.tensor(x) for x in given]
     result = main(*values, *(weights[str(i)] for i in range(len(weights))))
     return [y.numpy() for y in ([result] if isinstance(result, tvm.runtime.Tensor) else result)]

@@ -78,6 +78,7 @@ class Machine:
             "LD_LIBRARY_PATH": libraries,
             "OMP_NUM_THREADS": "1",
             "TVM_NUM_THREADS": "1",
+            "TVM_USE_RUNTIME_LIB": "1",  # what runs there is compiled already
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         settings = [part for name, value in environment.items() for part in ("-E", f"{name}={value}")]
