@@ -71,7 +71,7 @@ def rewrite(
 
 def _call(call: Any, again: Callable[[Expr], Expr], guarded: Callable[[], Any] | None) -> Expr:
     name = _name(call)
-    if name == "tirx.if_then_else" and all(map(_reads_anyway, call.args[1:])):
+    if name == "tirx.if_then_else" and all(map(reads_in_place, call.args[1:])):
         return tirx.Select(*(again(a) for a in call.args))
     if name == "tirx.isnan" and str(call.args[0].ty.dtype) == "float32":
         return _is_nan(again(call.args[0]))
@@ -91,8 +91,8 @@ def _name(call: Any) -> str:
     return str(getattr(call.op, "name", ""))
 
 
-def _reads_anyway(expr: Expr) -> bool:
-    """Whether *expr* may be computed although it is not asked for: it reads where the result is, not beside it."""
+def reads_in_place(expr: Expr) -> bool:
+    """Whether *expr* reads where its result is, not beside it: then it may be computed although it is not asked for."""
     return all(isinstance(i, tirx.Var | IntImm) for _, indices in loads(expr) for i in indices)
 
 
@@ -104,7 +104,7 @@ def is_vector_code(expr: Expr) -> bool:
         nonlocal found
         if isinstance(e, Call):
             name = _name(e)
-            branch = name == "tirx.if_then_else" and all(map(_reads_anyway, e.args[1:]))
+            branch = name == "tirx.if_then_else" and all(map(reads_in_place, e.args[1:]))
             found = found and (branch or name in _VECTOR or (name in _WRITTEN and str(e.ty.dtype) == "float32"))
 
     _walk(expr, look)

@@ -12,8 +12,10 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from fxopt.backends._tvm_int8 import integers, quantize
 from fxopt.backends._tvm_layout import channels_last
-from fxopt.backends._tvm_operators import constant, operators
+from fxopt.backends._tvm_operators import operators
+from fxopt.backends._tvm_packing import constant
 from fxopt.backends._tvm_schedule import schedule
 from fxopt.backends._tvm_target import Machine
 
@@ -23,10 +25,12 @@ EMBEDDED = 64  # numbers; constants up to here stay in the code
 def optimize(module: Any, machine: Machine) -> Any:
     """The imported *module* in the form that is compiled."""
     module = channels_last(relax.transform.DeadCodeElimination()(fold(module)))
-    module = fold(relax.transform.CanonicalizeBindings()(module))
+    module = integers(fold(relax.transform.CanonicalizeBindings()(module)))
+    module = _each_function(module, {**_EVALUATE, "relax.dequantize": (3, _dequantize)})  # what is not multiplied so
     passes = [
+        relax.transform.CanonicalizeBindings(),  # constants to where they are read
         relax.backend.DispatchSortScan(),
-        relax.transform.LegalizeOps(operators(machine)),
+        relax.transform.LegalizeOps({**operators(machine), "relax.quantize": quantize}),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.DeadCodeElimination(),
         relax.transform.FuseOps(),
@@ -48,25 +52,40 @@ def scheduled(module: Any, machine: Machine) -> Any:
 
 def fold(module: Any) -> Any:
     """Reshaped and transposed constants computed, and clamps that the importer wrote as loops back as operators."""
-    return _each_function(module, _Fold)
+    return _each_function(module, _EVALUATE)
 
 
-def _each_function(module: Any, make: Any) -> Any:
+def _each_function(module: Any, rules: dict[str, Any]) -> Any:
     functions = [(v, f) for v, f in module.functions.items() if isinstance(f, relax.Function)]
-    folder = make(module)
+    folder = _Fold(module, rules)
     for variable, function in functions:
         folder.builder_.update_func(variable, folder.visit_expr(function))
     return folder.builder_.get()
 
 
+def _dequantize(call: Any, x: Any, scale: Any, zero: Any) -> Any:
+    shape = [1] * x.ndim
+    if scale.size > 1:
+        shape[int(call.attrs.axis) % x.ndim] = scale.size
+    elif zero.size > 1:
+        return None
+    zero = zero.reshape(shape) if zero.size > 1 else zero.reshape(())
+    scale = scale.reshape(shape) if scale.size > 1 else scale.reshape(())
+    return ((x.astype(np.int64) - zero.astype(np.int64)) * scale.astype(np.float64)).astype(np.float32)
+
+
 @mutator
 class _Fold(PyExprMutator):  # type: ignore[misc]
+    def __init__(self, module: Any, rules: dict[str, Any]) -> None:
+        super().__init__(module)
+        self._rules = rules
+
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
         name = str(getattr(call.op, "name", ""))
         if name == "relax.call_tir":
             return self._extremum(call)
-        evaluate = _EVALUATE.get(name)
+        evaluate = self._rules.get(name)
         if evaluate is None:
             return call
         values = [constant(self._known(argument)) for argument in call.args[: evaluate[0]]]
@@ -102,6 +121,7 @@ _EVALUATE: dict[str, Any] = {
         lambda call, x: x.transpose([int(a) for a in call.attrs.axes] if call.attrs.axes else None),
     ),
     "relax.expand_dims": (1, lambda call, x: x.reshape(_shape(call))),
+    "relax.dequantize": (3, lambda call, x, s, z: _dequantize(call, x, s, z) if x.dtype == np.int32 else None),
     "relax.squeeze": (1, lambda call, x: x.reshape(_shape(call))),
     "relax.add": (2, lambda call, x, y: x + y if x.size <= EMBEDDED else None),
     "relax.less": (2, lambda call, x, y: x < y if x.size <= EMBEDDED else None),

@@ -78,7 +78,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             self._nodes[node.output[0]] = known(made)
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
-        ours = {"Clip": _clip, "Gather": _gather}.get(op_name)
+        ours = {"Clip": _clip, "Gather": _gather, "MatMulInteger": _matmul_integer}.get(op_name)
         made = ours(self.bb, inputs, attrs) if ours is not None else None
         if made is not None:
             return self.bb.normalize(made)
@@ -125,6 +125,20 @@ def _gather(bb: Any, inputs: Any, attrs: Any) -> Any:
         wrapped = relax.op.add(indices, relax.const(int(size), dtype))
         positions = relax.op.where(relax.op.less(indices, relax.const(0, dtype)), wrapped, indices)
     return relax.op.take(data, bb.normalize(positions), axis, mode="clip")
+
+
+def _matmul_integer(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """(a − za)·w = a·w − za·Σw, for bytes and constant, symmetric weights."""
+    a, weights = inputs[0], _constant(inputs[1])
+    zero = inputs[2] if len(inputs) > 2 else None
+    symmetric = len(inputs) < 4 or inputs[3] is None or not np.any(_constant(inputs[3]))
+    if weights is None or weights.dtype != np.int8 or not symmetric or str(a.ty.dtype) != "uint8":
+        return None
+    total = bb.emit(relax.op.matmul(a, inputs[1], "int32"))
+    if zero is None:
+        return total
+    sums = relax.const(weights.astype(np.int32).sum(-2), "int32")
+    return relax.op.subtract(total, bb.emit(relax.op.multiply(bb.emit(relax.op.astype(zero, "int32")), sums)))
 
 
 def _constant(value: Any) -> Any:

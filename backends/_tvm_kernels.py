@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.tirx import ForKind
 
-from fxopt.backends._tvm_expressions import depends, zero
+from fxopt.backends._tvm_expressions import depends, loads, zero
 from fxopt.backends._tvm_loops import (
     Buffer,
     Expr,
@@ -66,12 +66,18 @@ class Tile:
         return self.lanes * self.vectors
 
 
-def emit(lowering: Lowering, stage: Stage, last: Stage) -> list[Stmt]:
-    """Statements that compute *stage* and store *last*, which finishes it elementwise or is *stage* itself."""
-    return _Kernel(lowering, stage, last).statements()
+class Kernel:
+    """One kernel in one function.
 
+    Attributes:
+        lowering: of the function.
+        stage: what it computes: a sum of products, annotated with how.
+        last: what it stores, which finishes *stage* elementwise or is *stage* itself.
+        tile: sizes.
+        left: operand that rows read.
+        right: operand that columns read.
+    """
 
-class _Kernel:
     def __init__(self, lowering: Lowering, stage: Stage, last: Stage) -> None:
         self.lowering, self.stage, self.last = lowering, stage, last
         how = stage.kernel
@@ -84,6 +90,7 @@ class _Kernel:
         self.left, self.right = (stage.value.a, stage.value.b)
 
     def statements(self) -> list[Stmt]:
+        """The loops over tiles, in parallel."""
         tiles, full_tiles, left_rows = _split(self.rows, self.tile.rows)
         blocks, full_blocks, left_columns = _split(self.columns, self.tile.columns)
         outer = product(self.outer)
@@ -196,7 +203,8 @@ class _Kernel:
         flat = index(0)
         for extent, i in zip(self.stage.reduced_extents, k, strict=True):
             flat = flat * index(extent) + i
-        return load(self.right.source, [start * depth + flat * width + column])
+        weight = load(loads(self.right)[0][0], [start * depth + flat * width + column])
+        return tirx.Cast(str(self.right.ty.dtype), weight) if isinstance(self.right, tirx.Cast) else weight
 
     def _finish(self, a: Buffer, at: Sequence[Expr], valid: int) -> list[Stmt]:
         """Store the first *valid* lanes of accumulator *a*, whose first is element *at*."""

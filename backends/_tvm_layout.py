@@ -85,8 +85,9 @@ class _ChannelsLast(PyExprMutator):  # type: ignore[misc]
     def _converted(self, call: Any) -> Any | None:
         """*call* in channels-last layout; None where it stays as it is."""
         name = str(getattr(call.op, "name", ""))
-        if name == "relax.nn.conv2d":
-            return _conv2d(call, self._value(call.args[0], transpose=True))
+        if name == "relax.nn.conv2d" and call.args[1] not in self._last:
+            weights = self.visit_expr(call.args[1])
+            return _conv2d(call, self._value(call.args[0], transpose=True), weights)
         if name == "relax.concat":
             return self._concat(call)
         if not any(isinstance(argument, relax.Var) and argument in self._last for argument in call.args):
@@ -152,12 +153,10 @@ class _ChannelsLast(PyExprMutator):  # type: ignore[misc]
         return operator(self._value(call.args[0]), call.args[1], call.args[2], axis, str(call.attrs.out_dtype))
 
 
-def _conv2d(call: Any, x: Any) -> Any | None:
+def _conv2d(call: Any, x: Any, weights: Any) -> Any:
     attrs = call.attrs
-    if attrs.data_layout != "NCHW" or attrs.kernel_layout != "OIHW" or not _is_constant(call.args[1]):
-        return None
     return relax.op.nn.conv2d(
-        x, call.args[1], attrs.strides, attrs.padding, attrs.dilation, attrs.groups, "NHWC", "OIHW", "NHWC",
+        x, weights, attrs.strides, attrs.padding, attrs.dilation, attrs.groups, "NHWC", "OIHW", "NHWC",
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 
-from fxopt.backends._tvm_expressions import is_vector_code, loads, rewrite
+from fxopt.backends._tvm_expressions import is_vector_code, loads, reads_in_place, rewrite
 from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, flat_view, index, load, static, store, unravel
 from fxopt.backends._tvm_stages import Stage
 
@@ -41,7 +41,7 @@ class Lowering:
         self.places: dict[Buffer, tuple[Buffer, int]] = {}
         self.views: dict[Buffer, tuple[Buffer, Stmt]] = {}
         self._rows: list[tuple[list[Expr], list[Expr], Expr]] = []
-        self.binds = all(is_vector_code(stage.value) for stage in stages)
+        self.binds = all(is_vector_code(s.value) and (s.kernel or reads_in_place(s.value)) for s in stages)
         self._read = {stage.buffer: [b for b, _ in loads(stage.value)] for stage in stages}
         self.reads = Counter(b for read in self._read.values() for b in read)
         self.readers: dict[Buffer, list[Stage]] = {}
@@ -117,6 +117,18 @@ class Lowering:
             at = number * index(buffer.shape[-1]) + indices[-1] if width else number
             return self.views[buffer][0], [at]
         return None
+
+    def flat_at(self, buffer: Buffer, indices: Sequence[Expr]) -> tuple[Buffer, Expr]:
+        """Element *indices* of *buffer*, which is no intermediate of a row, in its view of one dimension."""
+        found = self._flat(buffer, indices)
+        if found is not None:
+            return found[0], found[1][0]
+        if buffer not in self.views:
+            self.views[buffer] = flat_view(buffer, f"{buffer.name}_flat")
+        number = index(0)
+        for extent, i in zip(buffer.shape, indices, strict=True):
+            number = number * index(extent) + i
+        return self.views[buffer][0], number
 
     def memory(self, buffer: Buffer, indices: Sequence[Expr]) -> tuple[Buffer, Sequence[Expr]]:
         """Where element *indices* of *buffer* is."""

@@ -17,8 +17,10 @@ from typing import Any
 
 from tvm import tirx
 
-from fxopt.backends import _tvm_kernels, _tvm_reductions
+from fxopt.backends import _tvm_reductions
+from fxopt.backends._tvm_dot import DotKernel
 from fxopt.backends._tvm_expressions import UnknownExpressionError
+from fxopt.backends._tvm_kernels import Kernel
 from fxopt.backends._tvm_loops import (
     Expr,
     Stmt,
@@ -81,7 +83,8 @@ class _Schedule:
 
     def _job(self, stage: Stage, last: Stage, prefix: Sequence[Expr]) -> list[Stmt]:
         if stage.kernel:
-            return _tvm_kernels.emit(self.lowering, stage, last)
+            kernel = DotKernel if stage.kernel["dot"] else Kernel
+            return kernel(self.lowering, stage, last).statements()
         if stage.combine is None:
             return self._elementwise(stage, prefix)
         return _tvm_reductions.emit(self.lowering, stage, last, prefix, self.lanes)

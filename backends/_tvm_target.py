@@ -17,11 +17,13 @@ class Machine:
         llvm: options of a ``tvm.target.Target``.
         lanes: float32 numbers in a vector.
         registers: how many vector registers there are.
+        dot: how bytes are multiplied: "vnni", "maddubs" (weights of seven bits), "sdot", or "" for one by one.
     """
 
     llvm: dict[str, Any]
     lanes: int
     registers: int
+    dot: str = ""
 
 
 def machine(target: Target) -> Machine:
@@ -39,4 +41,12 @@ def machine(target: Target) -> Machine:
         attributes.append("-prefer-256-bit")  # LLVM would split vectors of 512 bits, for the sake of older processors
     if attributes:
         options["mattr"] = attributes
-    return Machine(options, lanes, 32 if lanes == 16 or target.arch == "aarch64" else 16)
+    return Machine(options, lanes, 32 if lanes == 16 or target.arch == "aarch64" else 16, _dot(target, lanes))
+
+
+def _dot(target: Target, lanes: int) -> str:
+    if target.arch == "aarch64":
+        return "sdot" if target.has("dotprod") else ""
+    if target.has("avx512_vnni") or (target.has("avx_vnni") and lanes == 8):
+        return "vnni"
+    return "maddubs" if lanes >= 8 else ""

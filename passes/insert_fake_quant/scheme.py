@@ -89,6 +89,10 @@ OPENVINO = Scheme(
     dynamic=False,
     group_multiple=2,  # of several groups of odd size its kernel reads other memory
 )
+TVM = Scheme(
+    "tvm",  # what stands after a sum in the graph is computed with it, in floats: a residual costs nothing
+    declined=_NO_TRANSPOSED,
+)
 TENSORRT = Scheme(
     "tensorrt",  # explicit quantization: s8, symmetric; the residual add wants both operands quantized
     activation=Grid(torch.int8, symmetric=True, qmin=-127, qmax=127),
@@ -105,8 +109,8 @@ CUDA = Scheme(
     },
 )
 
-SCHEMES = {scheme.name: scheme for scheme in (TORCH, ONNXRUNTIME, OPENVINO, TENSORRT, CUDA)}
-_OF_ENGINE = {"torch": TORCH, "onnx": ONNXRUNTIME, "openvino": OPENVINO}
+SCHEMES = {scheme.name: scheme for scheme in (TORCH, ONNXRUNTIME, OPENVINO, TVM, TENSORRT, CUDA)}
+_OF_ENGINE = {"torch": TORCH, "onnx": ONNXRUNTIME, "openvino": OPENVINO, "tvm": TVM}
 
 
 def named(name: str) -> Scheme:
