@@ -145,6 +145,7 @@ class Plan:
     Attributes:
         captured: what to build, where it has been captured already.
         cache: folder of compiled models, where there is to be one.
+        timed: whether to measure the latency of the model and of what comes out, where nothing is chosen by it.
     """
 
     model: nn.Module | ExportedProgram
@@ -158,19 +159,20 @@ class Plan:
     dynamic_shapes: Any
     captured: Captured | None = None
     cache: Path | None = None
+    timed: bool = True
 
     @staticmethod
     def check(
         model: Any,
-        target: Any,
-        passes: Any,
-        calibration: Any,
-        loss: Any,
-        backend: Any,
-        options: Any,
-        verify: bool,
-        dump: Any,
-        shapes: Any,
+        target: Any = "x86",
+        passes: Any = None,
+        calibration: Any = None,
+        loss: Any = None,
+        backend: Any = "auto",
+        options: Any = None,
+        verify: bool = True,
+        dump: Any = None,
+        shapes: Any = None,
     ) -> Plan:
         """Everything that can be found wrong before the model is looked at is found here."""
         configure_log()

@@ -29,12 +29,13 @@ import torch
 from torch import fx
 
 from fxopt.compiled import CompiledModel
-from fxopt.compiler import compile as compile_model
+from fxopt.compiler import Plan
 from fxopt.dynamo_graph import Roles, bind, number, open_dims
 from fxopt.errors import BackendUnavailable, CaptureError, InputError, SpecError, UnsupportedOp, near_miss
-from fxopt.notice import warn
+from fxopt.notice import cache_folder, warn
 
-_OPTIONS = ("target", "passes", "backend", "backend_options", "calibration", "verify", "dump")
+_OPTIONS = ("target", "passes", "backend", "backend_options", "calibration", "verify", "dump", "cache")
+_SPELLED = {"backend_options": "options"}
 _MOST_BUILDS = 8  # of one graph
 _recent: list[weakref.ref[CompiledModel]] = []
 
@@ -52,7 +53,8 @@ def backend(
         graph: torch functions over placeholders.
         example_inputs: a tensor, number or SymInt for each.
         options: as :func:`fxopt.compile` takes them: target, passes, backend ("torch" where none is named, since Dynamo
-            may hand over many small graphs, and nothing is measured then), backend_options, calibration, verify, dump.
+            may hand over many small graphs, and nothing is measured then), backend_options, calibration, verify, dump,
+            cache.
         mode: none is known.
 
     Raises:
@@ -99,7 +101,8 @@ class Graph:
         """Compile *graph* for *examples* now."""
         self.graph = graph
         self.model: CompiledModel | None = None
-        self._options = options
+        self._options = {_SPELLED.get(name, name): value for name, value in options.items() if name != "cache"}
+        self._cache = cache_folder(options.get("cache"))
         self._lock = threading.RLock()
         self._holders = list(graph.graph.find_nodes(op="placeholder"))
         self._open = [open_dims(node) for node in self._holders]
@@ -166,10 +169,10 @@ class Graph:
             inputs = tuple(args[i] for i in self._roles.inputs)
             fresh = not self._known
             shapes = tuple(self._open[i] for i in self._roles.inputs) if fresh else None
+            plan = Plan.check(module, **self._options, shapes=shapes if any(shapes or ()) else None)
             with torch.no_grad():
-                model = compile_model(
-                    module, example_inputs=inputs, dynamic_shapes=shapes if any(shapes or ()) else None, **self._options
-                )
+                variant = dataclasses.replace(plan, timed=False, cache=self._cache).build(inputs, {})
+            model = CompiledModel(plan.target, variant=variant)
             written = {names[str(back.constant)] for back in _writebacks(model) if back.constant is not None}
             unsafe = written | {i for i in self._roles.weights if args[i].is_inference()}  # those have no version
             if not unsafe:

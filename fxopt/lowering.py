@@ -96,7 +96,7 @@ class Lowering:
         """The variant on the one backend that the user chose."""
         assert isinstance(self.plan.backend, Backend)
         variant = self._lower(self.plan.backend, self._state(self.plan.backend))
-        if self.plan.target.runs_here:
+        if self.plan.target.runs_here and self.plan.timed:
             with self.stages.stage("measure"):
                 self.latency_ms["fxopt"] = self._latency(variant)
         return self._finish(variant)
@@ -242,7 +242,8 @@ class Lowering:
             outputs = variant.executable(self.captured.inputs)[: len(self.captured.reference)]
             if not self._random:
                 variant.report.error = verify.compare(self.captured.reference, outputs).error
-            self.latency_ms["eager"] = self._eager_latency()
+            if self.plan.timed:
+                self.latency_ms["eager"] = self._eager_latency()
         return variant
 
     def _eager_latency(self) -> float:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +232,17 @@ def test_passes_and_calibration() -> None:
     assert 0 < difference < 0.2
     assert newest().report.quantization is not None
     assert newest().backend == "onnx"
+
+
+def test_the_cache(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    for kept in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Net().eval()
+        with torch.no_grad():
+            assert same(torch.compile(model, backend="fxopt", options={"cache": str(tmp_path)})(x), model(x))
+        assert ("lower" not in newest().report.seconds) == kept
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_with_the_reason() -> None:
