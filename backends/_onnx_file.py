@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxopt.backend import Payload
+from fxopt.backends import _onnx_packed
 from fxopt.backends._onnx_bounds import Bound
 from fxopt.errors import ArtifactError, UnsupportedOp
 
@@ -106,7 +107,7 @@ class OnnxFile:
         self.transposed = transposed
 
     def payload(self) -> Payload:
-        """The files, and the interface in plain values."""
+        """The files, weights with N:M sparsity packed, and the interface in plain values."""
         fields = {field.name: getattr(self.interface, field.name) for field in dataclasses.fields(Interface)}
         facts = {
             **fields,
@@ -115,14 +116,22 @@ class OnnxFile:
             "origins": dict(self.origins),
             "transposed": sorted(self.transposed),
         }
-        return Payload({file.name: file for file in self.path.parent.iterdir()}, facts)
+        files = {file.name: file for file in self.path.parent.iterdir()}
+        if WEIGHTS in files:
+            self._scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
+            facts["packed"] = _onnx_packed.pack(self.path, files[WEIGHTS], Path(self._scratch.name))
+            if facts["packed"] is not None:
+                del files[WEIGHTS]
+                files |= {file.name: file for file in Path(self._scratch.name).iterdir()}
+        return Payload(files, facts)
 
     @classmethod
     def restored(cls, folder: tempfile.TemporaryDirectory[str], facts: Mapping[str, Any]) -> OnnxFile:
         """The file whose :meth:`payload` had these *facts*, from anyone.
 
         Raises:
-            ArtifactError: it is no ONNX file, or takes its weights from elsewhere than the one file beside it.
+            ArtifactError: it is no ONNX file, or takes its weights from elsewhere than the one file beside it; its
+                packed weights do not fit.
         """
         file = cls.__new__(cls)
         interface = Interface(
@@ -133,6 +142,8 @@ class OnnxFile:
             {name: Bound(*bound) for name, bound in facts["bounds"].items()},
         )
         file._take(folder, interface, facts["origins"], frozenset(facts["transposed"]))
+        if facts.get("packed") is not None:
+            _onnx_packed.unpack(Path(folder.name), file.path.with_name(WEIGHTS), facts["packed"])
         _refuse_elsewhere(file.path)
         return file
 

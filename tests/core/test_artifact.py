@@ -416,6 +416,69 @@ def test_hostile_graphs_are_refused(saved: Path, tmp_path: Path, harm: str) -> N
     assert "antigravity" not in sys.modules
 
 
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 64, 3, bias=False), nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(self.up(self.second(self.first(x).relu()).relu().mean((2, 3))).relu())
+
+
+def sparse(backend: str, passes: str = "sparsify-2-4") -> tuple[fxopt.CompiledModel, torch.Tensor]:
+    torch.manual_seed(0)
+    x, data = torch.randn(2, 16, 9, 9), [(torch.randn(2, 16, 9, 9),) for _ in range(4)]
+    return fxopt.compile(Sparse(), example_inputs=(x,), passes=passes, calibration=data, backend=backend), x
+
+
+@pytest.mark.filterwarnings("ignore:sparsify-2-4", "ignore:insert-fake-quant", "ignore:smooth-quant")
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize(
+    ("passes", "share"),
+    [
+        ("sparsify-2-4", 0.54),
+        ("sparsify-2-4,cast-precision{dtype=fp16}", 0.57),
+        ("sparsify-2-4,cast-precision{dtype=bf16}", 0.57),
+        ("sparsify-2-4,insert-fake-quant", 0.65),
+        ("sparsify-2-4{n=1},insert-fake-quant{activations=none}", 0.35),
+    ],
+)
+def test_sparse_weights_are_packed_for_every_engine(passes: str, share: float, backend: str, tmp_path: Path) -> None:
+    try:
+        model, x = sparse(backend, passes)
+    except fxopt.UnsupportedOp as reason:
+        pytest.skip(str(reason))
+    model.save(tmp_path / "m.fxopt")
+    parts = members(tmp_path / "m.fxopt")
+    held = sum(len(one) for name, one in parts.items() if "safetensors" in name or name == "payload/weights")
+    assert held <= share * model.report.bytes[1] + 4000, "beside names and places"
+    assert "payload/weights" not in parts
+    loaded = fxopt.load(tmp_path / "m.fxopt")
+    assert torch.equal(loaded(x), model(x))
+    before, after = model.graph.state_dict(), loaded.graph.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    loaded.save(tmp_path / "again.fxopt")
+    assert torch.equal(fxopt.load(tmp_path / "again.fxopt")(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:sparsify-2-4")
+def test_packed_weights_of_an_engine_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model, _ = sparse("onnx")
+    model.save(tmp_path / "m.fxopt")
+    parts = members(tmp_path / "m.fxopt")
+    places = '[{"tuple":[0,36864,'
+    facts = parts["payload.json"].decode()
+    assert places in facts
+    for wrong in ('[{"tuple":[1,36864,', '[{"tuple":[0,36860,', '[{"tuple":[-4,36864,', '[{"tuple":["0",36864,', "[["):
+        with pytest.raises(ArtifactError):
+            fxopt.load(sealed(tmp_path / "x.fxopt", {**parts, "payload.json": facts.replace(places, wrong).encode()}))
+    for gone in ("payload/rest", "payload/packed.safetensors"):
+        with pytest.raises(ArtifactError):
+            fxopt.load(sealed(tmp_path / "x.fxopt", {name: one for name, one in parts.items() if name != gone}))
+
+
 def test_an_onnx_file_that_reads_elsewhere_is_refused(tmp_path: Path) -> None:
     import onnx
 
