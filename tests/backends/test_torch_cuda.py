@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -65,14 +67,28 @@ def test_turing_has_no_bf16_and_no_sparse_tensor_cores() -> None:
 
 
 @NO_GPU
-def test_an_onnx_file_is_what_there_is_for_tensorrt(tmp_path: Any) -> None:
-    model = compiled(mlp(), backend="onnx")
-    with pytest.raises(
-        fxopt.BackendUnavailable, match=r"since no CUDA device is here: save it with \.save\('model\.onnx'"
-    ):
+@pytest.mark.parametrize(
+    ("passes", "kind"),
+    [
+        (None, "FLOAT"),
+        ("cast-precision{dtype=fp16}", "FLOAT16"),
+        ("cast-precision{dtype=bf16}", "BFLOAT16"),
+        ("insert-fake-quant", "INT8"),
+        ("sparsify-2-4,cast-precision{dtype=fp16}", "FLOAT16"),
+    ],
+)
+def test_an_onnx_file_is_what_there_is_for_tensorrt(passes: str | None, kind: str, tmp_path: Path) -> None:
+    model = compiled(mlp(), passes, backend="onnx")
+    with pytest.raises(fxopt.BackendUnavailable, match=r"since no CUDA device is here: save it with \.save\('model\."):
         model(X)
     model.save(tmp_path / "model.onnx")
-    assert (tmp_path / "model.onnx").exists()
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+    stored = {one.name: one for one in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    weights = [one for one in stored.values() if len(one.dims) == 2]
+    assert len(weights) == 3
+    assert {onnx.TensorProto.DataType.Name(one.data_type) for one in weights} == {kind}
+    if passes is not None and "sparsify" in passes:
+        assert all((onnx.numpy_helper.to_array(one) == 0).mean() == 0.5 for one in weights)
 
 
 # --- int8: torch._int_mm gives the same integers on the CPU
