@@ -9,11 +9,13 @@ where the example inputs are done faster with it, and needs sizes that are the s
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxopt import measure
 from fxopt.errors import UnsupportedOp
@@ -43,15 +45,25 @@ def destination(program: Program, target: Target) -> torch.device | None:
 def moved(program: Program, device: torch.device) -> Program:
     """*program* with its tensors on *device*, those that it makes itself included. The given one keeps its own."""
     result = program.copy()
-    result.constants = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in program.constants.items()
-    }
-    for node in result.graph.nodes:
+    for name, value in program.constants.items():
+        if isinstance(value, torch.Tensor):
+            result.constants[name] = value.to(device)
+        elif isinstance(value, fx.GraphModule):  # a branch or a loop
+            result.constants[name] = own = copy.deepcopy(value).to(device)
+            for part in own.modules():
+                if isinstance(part, fx.GraphModule):
+                    _retarget(part.graph, device)
+                    part.recompile()
+    _retarget(result.graph, device)
+    return result
+
+
+def _retarget(graph: fx.Graph, device: torch.device) -> None:
+    """Let what makes tensors make them on *device*."""
+    for node in graph.nodes:
         if node.op == "call_function":
             node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
             node.kwargs = {key: device if isinstance(a, torch.device) else a for key, a in node.kwargs.items()}
-    return result
 
 
 def there_and_back(run: Run, device: torch.device) -> Run:

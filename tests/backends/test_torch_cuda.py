@@ -190,6 +190,21 @@ def test_a_program_moves_with_all_that_it_makes() -> None:
     assert cuda.destination(program, resolve_target("x86")) is None
 
 
+def test_branches_move_too() -> None:
+    def branches(m: Any, x: torch.Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: m.a(x) + torch.ones(6, device="cpu"), lambda x: m.a(x) * m.b, (x,))
+
+    program = capture(Model(branches, a=nn.Linear(4, 6), b=torch.ones(6)), (torch.randn(2, 4),)).program
+    away = cuda.moved(program, torch.device("meta"))
+    bodies = [value for value in away.constants.values() if isinstance(value, torch.fx.GraphModule)]
+    assert len(bodies) == 2
+    devices = [a for body in bodies for node in body.graph.nodes for a in (*node.args, *node.kwargs.values())]
+    assert torch.device("cpu") not in devices
+    assert torch.device("meta") in devices
+    before = [value for value in program.constants.values() if isinstance(value, torch.fx.GraphModule)]
+    assert not {id(body) for body in before} & {id(body) for body in bodies}
+
+
 def fake_record(call: Callable[[], list[Any]]) -> tuple[Callable[[], None], list[Any]]:
     """A recording that runs the call again, and writes where the first outputs are."""
     outputs = call()
