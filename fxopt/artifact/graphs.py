@@ -30,7 +30,7 @@ _SPACES = ("aten", "fxopt", "quantized_decomposed", "torchvision", "higher_order
 _REFUSED = ("from_file", "save", "_print")
 _HIGHER_ORDER = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_CONSTANT = re.compile(r"[A-Za-z0-9_.]+")
+_CONSTANT = re.compile(r"[\w .:+\-/()\[\]=,@]+")  # no quote: they stand in the code that torch.fx makes of a graph
 
 _PYTHON: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in (
@@ -71,6 +71,8 @@ def _encode_node(node: fx.Node, numbers: Mapping[fx.Node, int], constants: Mappi
         if isinstance(value, fx.GraphModule):
             inner = encode_graph(value.graph, dict(value.named_children()) | dict(value.named_buffers()))
             return {"graph": inner, "name": str(node.target)}
+        if not _CONSTANT.fullmatch(str(node.target)):
+            raise ArtifactError(f"an artifact cannot hold the name {node.target!r:.80} of a constant")
         return {"constant": str(node.target)}
     entry = {"call": _target_name(node.target), "args": encode(list(node.args), numbers), "name": node.name}
     if node.kwargs:

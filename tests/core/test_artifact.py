@@ -479,6 +479,25 @@ def test_packed_weights_of_an_engine_that_do_not_fit_are_refused(tmp_path: Path)
             fxopt.load(sealed(tmp_path / "x.fxopt", {name: one for name, one in parts.items() if name != gone}))
 
 
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_names_of_modules_need_not_be_identifiers(backend: str, tmp_path: Path) -> None:
+    """As in torchvision's RegNet: "trunk_output.block1.block1-0.f.se.fc1.weight"."""
+    x = torch.randn(2, 64)
+    for name in ("block1-0", "a b", "layer:1", "größe", "1"):
+        model = nn.Sequential()
+        model.add_module(name, nn.Linear(64, 64))
+        compiled = fxopt.compile(model, example_inputs=(x,), backend=backend)
+        compiled.save(tmp_path / "m.fxopt")
+        loaded = fxopt.load(tmp_path / "m.fxopt")
+        assert torch.equal(loaded(x), compiled(x))
+        assert loaded.graph.state_dict().keys() == compiled.graph.state_dict().keys()
+    model = nn.Sequential()
+    model.add_module('say "no"', nn.Linear(64, 64))
+    with pytest.raises(ArtifactError, match="cannot hold the name"):
+        fxopt.compile(model, example_inputs=(x,), backend=backend).save(tmp_path / "m.fxopt")
+    assert torch.equal(fxopt.load(tmp_path / "m.fxopt")(x), compiled(x)), "the file from before"
+
+
 def test_an_onnx_file_that_reads_elsewhere_is_refused(tmp_path: Path) -> None:
     import onnx
 
