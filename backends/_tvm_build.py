@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import platform
+import shutil
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,15 +41,37 @@ def build(file: OnnxFile, machine: Machine) -> Built:
     Raises:
         UnsupportedOp: TVM does not import one of its operators.
     """
+    target = tvm.target.Target(machine.llvm)
+    with target:
+        module, weights = _prepared(file, machine)
+        library = relax.build(module, target, relax_pipeline=_tvm_graph.lower(), tir_pipeline=_tvm_pipeline.NAME)
+    return Built(library, weights, machine)
+
+
+def rebuild(file: OnnxFile, machine: Machine, library: Path) -> Built:
+    """What :func:`build` made, from the *library* that was linked of it: nothing is compiled again.
+
+    The weights are packed again; with the same :func:`versions` they come in the same order.
+    """
+    with tvm.target.Target(machine.llvm):
+        _, weights = _prepared(file, machine)
+    return Built(tvm.runtime.load_module(str(library)), weights, machine, library)
+
+
+def _prepared(file: OnnxFile, machine: Machine) -> tuple[Any, list[Any]]:
     import onnx
 
-    target = tvm.target.Target(machine.llvm)
     module = from_onnx(onnx.load(file.path), file.origins)
-    with target:
-        module, weights = _tvm_graph.lift_weights(_tvm_graph.optimize(module, machine))
-        return Built(
-            relax.build(module, target, relax_pipeline=_tvm_graph.lower(), tir_pipeline=_tvm_pipeline.NAME), weights
-        )
+    prepared: tuple[Any, list[Any]] = _tvm_graph.lift_weights(_tvm_graph.optimize(module, machine))
+    return prepared
+
+
+@functools.cache
+def versions() -> str:
+    """Of TVM and of the code here: libraries and weights fit each other where it is the same."""
+    sources = sorted(Path(__file__).parent.glob("_tvm_*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    return f"{tvm.__version__} {digest[:16]}"
 
 
 class Built:
@@ -53,11 +80,33 @@ class Built:
     Attributes:
         library: the executable of TVM's virtual machine; its function main takes inputs, then parameters.
         weights: the parameters in order.
+        machine: what it was compiled for.
+        linked: the file that the library was loaded from.
     """
 
-    def __init__(self, library: Any, weights: Sequence[Any]) -> None:
-        self.library, self.weights = library, list(weights)
+    def __init__(self, library: Any, weights: Sequence[Any], machine: Machine, linked: Path | None = None) -> None:
+        self.library, self.weights, self.machine, self.linked = library, list(weights), machine, linked
         self._idle: list[Any] = []  # virtual machines; append and pop are atomic
+
+    def link(self, path: Path) -> None:
+        """Write the library to *path*: .so, or .tar with what is to be linked.
+
+        Raises:
+            ArtifactError: there is no linker for the target, or it fails.
+        """
+        if self.linked is not None:
+            if path.suffix != self.linked.suffix:
+                raise ArtifactError(f"this model was loaded with its code linked, as {self.linked.suffix}: save it so")
+            shutil.copyfile(self.linked, path)
+            return
+        linker = None if path.suffix == ".tar" else _linker(self.machine)
+        try:
+            if linker is None:
+                self.library.export_library(str(path))
+            else:
+                self.library.export_library(str(path), fcompile=tvm.support.cc.create_shared, cc=linker)
+        except (OSError, RuntimeError) as error:
+            raise ArtifactError(f"cannot link {path}: {str(error).strip().splitlines()[-1]}") from error
 
     def run(self, inputs: Sequence[torch.Tensor], threads: int) -> list[torch.Tensor]:
         """The outputs, in memory of their own, computed with *threads* threads."""
@@ -86,16 +135,36 @@ class Built:
         """
         if path.suffix not in (".so", ".tar"):
             raise ArtifactError(f"the tvm backend writes .so and .tar files, not {path.suffix or path.name!r}")
+        values = {str(i): weight for i, weight in enumerate(self.weights)}
+        parameters = path.with_suffix(".params")
         try:
-            self.library.export_library(str(path))
-            values = {str(i): weight for i, weight in enumerate(self.weights)}
-            tvm.runtime.save_param_dict_to_file(values, str(path.with_suffix(".params")))
-        except (OSError, RuntimeError) as error:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
+                self.link(Path(staging) / path.name)
+                tvm.runtime.save_param_dict_to_file(values, str(Path(staging) / parameters.name))
+                (Path(staging) / parameters.name).replace(parameters)
+                (Path(staging) / path.name).replace(path)
+        except OSError as error:
             raise ArtifactError(f"cannot write {path}: {error}") from error
 
     def nbytes(self) -> int:
         """Bytes of the parameters."""
         return sum(np.from_dlpack(weight).nbytes for weight in self.weights)
+
+
+def _linker(machine: Machine) -> str:
+    """The C++ compiler that links for *machine*.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    triple = str(machine.llvm["mtriple"])
+    own = triple.split("-")[0] == platform.machine()
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"] if own else []
+    names += [f"{triple}-g++", f"{triple}-gcc"]
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    if found is None:
+        raise ArtifactError(f"a shared library needs one of {', '.join(filter(None, names))} to link it: save a .tar")
+    return found
 
 
 def _tensor(x: torch.Tensor) -> Any:

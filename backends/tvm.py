@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
 
-from fxopt.backend import Backend, Executable, check_threads
+from fxopt.backend import Backend, Executable, Payload, check_threads
 from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_export import export
 from fxopt.backends._onnx_file import OnnxFile
-from fxopt.errors import UnsupportedOp
+from fxopt.errors import ArtifactError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
+
+LIBRARY = "library.so"  # in an artifact
 
 
 class TvmExecutable(FileExecutable):
@@ -40,6 +44,22 @@ class TvmExecutable(FileExecutable):
         super().__init__(file, target, runs_here=runs_here(target))
         self._built = built
         self._threads = threads
+
+    def payload(self) -> Payload:
+        """The ONNX file, from which weights are packed again, and the library where it can be linked and run here."""
+        from fxopt.backends import _tvm_build
+
+        plain = super().payload()
+        if not self._runs_here:
+            return plain
+        self._linked = tempfile.TemporaryDirectory(prefix="fxopt-")
+        library = Path(self._linked.name) / LIBRARY
+        try:
+            self._built.link(library)
+        except ArtifactError:
+            return plain
+        facts = {**plain.facts, "versions": _tvm_build.versions()}
+        return dataclasses.replace(plain, files={**plain.files, LIBRARY: library}, facts=facts, code=True)
 
     def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         results: list[torch.Tensor] = self._built.run(list(feed.values()), self._threads or torch.get_num_threads())
@@ -92,6 +112,23 @@ class TvmBackend(Backend):
         file = export(program)
         with _explained(file):
             return TvmExecutable(file, target, _tvm_build.build(file, facts), self.threads)
+
+    def restore(self, folder: TemporaryDirectory[str], facts: Mapping[str, Any], target: Target) -> Executable:
+        """The model of an artifact: its library where it was made by the same versions, else compiled again.
+
+        Raises:
+            ArtifactError: its file is not sound. UnsupportedOp: this TVM cannot compile it.
+        """
+        from fxopt.backends import _tvm_build
+        from fxopt.backends._tvm_target import machine
+
+        file, library = OnnxFile.restored(folder, facts), Path(folder.name) / LIBRARY
+        with _explained(file):
+            if facts.get("versions") == _tvm_build.versions() and library.is_file() and runs_here(target):
+                built = _tvm_build.rebuild(file, machine(target), library)
+            else:
+                built = _tvm_build.build(file, machine(target))
+            return TvmExecutable(file, target, built, self.threads)
 
 
 @contextlib.contextmanager

@@ -230,3 +230,41 @@ def test_an_unsupported_op_is_named_with_its_line() -> None:
 def test_threads_must_be_a_count(threads: Any) -> None:
     with pytest.raises(fxopt.SpecError, match="threads"):
         TvmBackend(threads=threads)
+
+
+def test_an_artifact_holds_the_library_and_the_weights_once(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3)), torch.randn(1, 64, 12, 12)
+    compiled = fxopt.compile(model, example_inputs=(x,), backend="tvm")
+    compiled.save(tmp_path / "model.fxopt")
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert (tmp_path / "model.fxopt").stat().st_size < 1.1 * size + 100_000  # code and graph
+    with pytest.raises(fxopt.ArtifactError, match="allow_code"):
+        fxopt.load(tmp_path / "model.fxopt")
+    loaded = fxopt.load(tmp_path / "model.fxopt", allow_code=True)
+    assert torch.equal(loaded(x), compiled(x))
+    loaded.save(tmp_path / "again.so")
+    with pytest.raises(fxopt.ArtifactError, match="linked"):
+        loaded.save(tmp_path / "again.tar")
+
+
+def test_an_artifact_of_other_versions_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxopt.backends import _tvm_build
+
+    model, x = ConvRelu().eval(), torch.randn(1, 3, 8, 8)
+    compiled = fxopt.compile(model, example_inputs=(x,), backend="tvm")
+    compiled.save(tmp_path / "model.fxopt")
+    monkeypatch.setattr(_tvm_build, "versions", lambda: "of another day")
+    monkeypatch.setattr(_tvm_build, "rebuild", None)
+    loaded = fxopt.load(tmp_path / "model.fxopt", allow_code=True)
+    torch.testing.assert_close(loaded(x)["logits"], compiled(x)["logits"])
+
+
+def test_a_library_for_another_machine_needs_its_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = resolve_target("cortex-a76")
+    compiled = fxopt.compile(ConvRelu().eval(), example_inputs=(torch.randn(1, 3, 8, 8),), backend="tvm", target=target)
+    compiled.save(tmp_path / "model.tar")
+    assert (tmp_path / "model.params").is_file()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(fxopt.ArtifactError, match=r"aarch64-linux-gnu-g\+\+.*\.tar"):
+        compiled.save(tmp_path / "model.so")
+    assert not (tmp_path / "model.so").exists()
