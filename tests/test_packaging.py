@@ -31,6 +31,7 @@ x = torch.randn(1, 3, 8, 8)
 for backend in ("torch", "onnx"):
     compiled = fxopt.compile(model, example_inputs=(x,), backend=backend)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert "Content-Security-Policy" in compiled.report.to_html(f"{backend}.html").read_text()
 print("works")
 """
 

@@ -149,16 +149,14 @@ class Graphs {
   find(jump = true) {
     const words = this.search.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
     this.results = [];
-    for (const [pane, graph] of [[this.left, this.pair?.before], [this.right, this.pair?.after]]) {
+    for (const [pane, graph] of [[this.right, this.pair?.after], [this.left, this.pair?.before]]) {
       if (!graph) continue;
-      const hits = words.length ? graph.nodes.filter((node) => {
-        const text = `${node.text} ${node.name} ${node.source}`.toLowerCase();
-        return words.every((word) => text.includes(word));
-      }) : [];
+      const hits = words.length ? graph.nodes.filter((node) => words.every((word) => node.words.includes(word))) : [];
       pane.view.hits = new Set(hits.map((node) => node.id));
       pane.view.draw();
-      if (pane === this.right || !this.results.length) this.results = hits.map((node) => node.id);
+      this.results.push(...hits.map((node) => node.id));
     }
+    this.results = [...new Set(this.results)];
     this.found.textContent = !words.length ? "" : this.results.length ? `${this.results.length} found` : "nothing found";
     if (jump && this.results.length) this.select(this.results[0]);
   }
@@ -180,7 +178,11 @@ class Graphs {
   /** Show node *id* everywhere; *from* is the pane it was clicked in, which stays where it is. */
   select(id, from = null) {
     this.selected = id;
-    for (const pane of [this.left, this.right]) pane.view.select(id, { center: from !== pane.view || !this.visible(pane.view, id) });
+    const { before, after } = this.pair ?? {};
+    for (const [pane, here, there] of [[this.left, before, after], [this.right, after, before]]) {
+      const companion = id && here ? counterpart(id, there, here) : null;
+      pane.view.select(id, { companion, center: from !== pane.view || !this.visible(pane.view, id) });
+    }
     this.table.select(id);
     this.showDetail();
     if (!this.text.hidden) this.markText();
@@ -204,11 +206,11 @@ class Graphs {
     const what = now ? marks.right.get(one.id) : "removed", row = this.rows.get(one.id);
     const facts = [one.type, one.macs ? `${format.si(one.macs)} MACs` : "", row?.ms ? `${format.ms(row.ms)} ms` : "", one.source ? format.place(one.source) : ""];
     const line = (graph, text, sign) => h("code", { class: `line ${sign === "-" ? "gone" : sign === "+" ? "new" : ""}` }, `${sign} ${text}`);
-    this.detail.replaceChildren(
+    this.detail.replaceChildren(h("div", { class: "detail-main" },
       h("div", { class: "detail-head" }, h("b", {}, one.op), h("span", { class: "mono" }, one.name), what && h("span", { class: `mark ${what}` }, what),
         h("span", { class: "quiet", title: one.source }, facts.filter(Boolean).join(" · "))),
-      what === "changed" ? [line(before, old.text, "-"), line(after, now.text, "+")] : line(one, one.text, what === "added" ? "+" : what === "removed" ? "-" : " "),
-      row?.spreads?.length ? h("div", { class: "detail-spreads" }, row.spreads.map(([title, spread]) => h("div", {}, h("span", { class: "quiet" }, title), histogram(spread, title)))) : null);
+      what === "changed" ? [line(before, old.text, "-"), line(after, now.text, "+")] : line(one, one.text, what === "added" ? "+" : what === "removed" ? "-" : " ")),
+      row?.spreads?.length ? h("div", { class: "detail-spreads" }, row.spreads.map(([title, spread]) => h("div", {}, h("span", { class: "quiet" }, title), histogram(spread, title)))) : "");
   }
 
   drawText() {
@@ -226,7 +228,7 @@ class Graphs {
         let end = i;
         while (end < merged.length && !near[end]) end++;
         const hidden = merged.slice(i, end);
-        lines.push(h("button", { class: "fold", onclick: (event) => event.currentTarget.replaceWith(...hidden.map((one) => this.textLine(one))) }, `${end - i} lines alike`));
+        lines.push(h("button", { class: "fold", onclick: (event) => event.currentTarget.replaceWith(...hidden.map((one) => this.textLine(one))) }, `${end - i} ${end - i === 1 ? "line" : "lines"} alike`));
         i = end - 1;
       } else lines.push(this.textLine(merged[i]));
       if (lines.length > 4000) {

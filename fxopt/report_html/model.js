@@ -12,7 +12,7 @@ function h(tag, props, ...children) {
     else if (name in element && !svg && typeof value !== "string") element[name] = value;
     else element.setAttribute(name === "className" ? "class" : name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -83,7 +83,7 @@ function parse({ text, names, macs, lines: sources, sources: where }) {
   const inputs = split(lines[heading].slice("graph(".length, lines[heading].lastIndexOf("):")));
   for (const input of inputs) {
     const colon = input.indexOf(":"), name = input.slice(1, colon);
-    add({ id: `%${name}`, op: "input", kind: "io", name, type: input.slice(colon + 1).trim(), text: input });
+    add({ id: `%${name}`, op: "input", kind: "io", name, type: input.slice(colon + 1).trim(), text: input, words: `${name} input`.toLowerCase() });
     alias.set(name, `%${name}`);
   }
   const shown = [{ id: "graph", text: lines[heading] }];
@@ -95,12 +95,12 @@ function parse({ text, names, macs, lines: sources, sources: where }) {
     if (found) {
       const id = `%${names[k]}`;
       add({ id, name: names[k], op: found[3], type: found[2], text: renamed.trim(), macs: macs[k], source: sources[where[k]],
-        kind: kindOf(found[3]) });
+        kind: kindOf(found[3]), words: wordsOf(names[k], found[3], found[2], sources[where[k]], line) });
       link(found[4], byId.get(id));
       shown.push({ id, text: renamed });
       k++;
     } else if (line.startsWith("  return ")) {
-      add({ id: "return", name: "return", op: "output", kind: "io", type: "", text: renamed.trim() });
+      add({ id: "return", name: "return", op: "output", kind: "io", type: "", text: renamed.trim(), words: "output return" });
       link(line, byId.get("return"));
       shown.push({ id: "return", text: renamed });
     } else if (line.trim()) shown.push({ id: `comment ${line}`, text: renamed });
@@ -116,6 +116,11 @@ function parse({ text, names, macs, lines: sources, sources: where }) {
     }
   }
   return { nodes, byId, lines: shown, inputs: inputs.length };
+}
+
+/** What a search looks at: the node itself and its constants, not the names of what it reads. */
+function wordsOf(name, op, type, source, line) {
+  return `${name} ${op} ${type} ${source} ${[...line.matchAll(/@[\w.]+/g)].join(" ")}`.toLowerCase();
 }
 
 function kindOf(op) {
@@ -146,6 +151,31 @@ function difference(before, after) {
   }
   for (const node of after.nodes) if (!before.byId.has(node.id)) right.set(node.id, "added");
   return { left, right };
+}
+
+/** The module that a call takes a constant from: "layer1.0.conv1" of @layer1.0.conv1.folded_bias. */
+function moduleOf(node) {
+  const found = /@([\w.]+)\.\w+/.exec(node.text);
+  return found ? found[1].replace(/\.folded$/, "") : "";
+}
+
+/** The node of *to* that stands where node *id* of *from* does: of the same module, else next to what both have. */
+function counterpart(id, from, to) {
+  if (to.byId.has(id) || !from.byId.has(id)) return null;
+  const node = from.nodes[from.byId.get(id)], module = moduleOf(node);
+  if (module) {
+    const same = to.nodes.filter((one) => moduleOf(one) === module);
+    const best = same.find((one) => one.kind === node.kind) ?? same[0];
+    if (best) return best.id;
+  }
+  const pending = [node.index], seen = new Set(pending);
+  for (let k = 0; k < pending.length && k < 400; k++) {
+    const one = from.nodes[pending[k]];
+    if (k && to.byId.has(one.id)) return one.id;
+    if (k && moduleOf(one)) return counterpart(one.id, from, to) ?? one.id;
+    for (const next of [...one.inputs, ...one.users]) if (!seen.has(next)) seen.add(next) && pending.push(next);
+  }
+  return null;
 }
 
 /** The lines of both texts merged: {sign: " ", "-", "+", text, id}. Each id stands at most once in a text. */

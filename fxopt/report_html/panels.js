@@ -103,19 +103,30 @@ function columns(rows, data) {
   ].filter(Boolean);
 }
 
+/** A grid of what *make* makes of the first of *rows*, and a button for more of them. */
+function cards(rows, make, step) {
+  const grid = h("div", { class: "spreads" }, rows.slice(0, step).map(make));
+  let shown = step;
+  const more = h("button", { class: "plain", hidden: rows.length <= step, onclick: () => {
+    grid.append(...rows.slice(shown, shown + 4 * step).map(make));
+    shown += 4 * step;
+    more.hidden = shown >= rows.length;
+    more.textContent = `Show more of ${rows.length} layers`;
+  } }, `Show more of ${rows.length} layers`);
+  return [grid, more];
+}
+
 function weightsPanel(rows, select) {
   const shown = rows.filter((row) => row.spreads.length);
   if (!shown.length) return null;
   const some = shown.some((row) => row.given.inputs);
-  const cards = shown.map((row) => h("article", { class: "spread" },
+  const card = (row) => h("article", { class: "spread" },
     h("h3", {}, h("button", { class: "link", onclick: () => select(row.id), title: "Show in the graph" }, row.name)),
     h("p", { class: "quiet" }, [row.given.shape.join("×"), row.bits && `${row.bits} bit`, row.snr !== null && `${row.snr.toFixed(1)} dB`].filter(Boolean).join(" · ")),
-    row.spreads.map(([title, spread]) => h("div", { class: "labelled" }, h("span", { class: "quiet" }, title), histogram(spread, `${row.name}, ${title}`)))));
-  const first = 24, grid = h("div", { class: "spreads" }, cards.slice(0, first));
-  const more = cards.length > first && h("button", { class: "plain", onclick: () => { grid.append(...cards.slice(first)); more.remove(); } }, `Show all ${cards.length} layers`);
+    row.spreads.map(([title, spread]) => h("div", { class: "labelled" }, h("span", { class: "quiet" }, title), histogram(spread, `${row.name}, ${title}`))));
   return section("spreads", some ? "Weights and activations" : "Weights",
     h("p", { class: "lead" }, "How the numbers of each weight are spread, on a scale of square roots",
-      some ? ", and what the layer reads, on data kept back from calibration. The shaded span is what the integers stand for; what lies outside is clipped." : "."), grid, more);
+      some ? ", and what the layer reads, on data kept back from calibration. The shaded span is what the integers stand for; what lies outside is clipped." : "."), cards(shown, card, 24));
 }
 
 function zerosPanel(rows, select) {
@@ -125,19 +136,17 @@ function zerosPanel(rows, select) {
   if (!sparse.length) {
     return section("zeros", "Zeros", h("p", { class: "lead" }, `No weight is sparse: at most ${format.percent(Math.max(...known.map((row) => row.zeros)))} of the numbers of a layer are zero.`));
   }
-  const strip = h("div", { class: "heat", role: "list", "aria-label": "Share of zeros by layer" }, known.map((row) => {
+  const strip = h("div", { class: `heat${known.length > 150 ? " many" : ""}`, role: "list", "aria-label": "Share of zeros by layer" }, known.map((row) => {
     const said = `${row.name}: ${format.percent(row.zeros)} zeros`;
     return h("span", { role: "listitem" }, h("button", { class: "cell", title: said, "aria-label": said, onclick: () => select(row.id) },
       h("span", { class: "ink", style: { opacity: String(0.06 + 0.94 * row.zeros) } })));
   }));
-  const maps = sparse.filter((row) => row.given.map.length).map((row) => h("article", { class: "spread" },
+  const map = (row) => h("article", { class: "spread" },
     h("h3", {}, h("button", { class: "link", onclick: () => select(row.id) }, row.name)),
     h("p", { class: "quiet" }, `${format.percent(row.zeros)} zeros · ${row.given.shape.join("×")}`),
-    zeroMap(row.given.map, `Zeros in the weight of ${row.name}, outputs down, inputs across`)));
-  const first = 18, grid = h("div", { class: "spreads" }, maps.slice(0, first));
-  const more = maps.length > first && h("button", { class: "plain", onclick: () => { grid.append(...maps.slice(first)); more.remove(); } }, `Show all ${maps.length} layers`);
+    zeroMap(row.given.map, `Zeros in the weight of ${row.name}, outputs down, inputs across`));
   return section("zeros", "Zeros", h("p", { class: "lead" }, "Share of zeros of each layer, in the order of the graph: the darker, the more. Below, where in the weight they are: outputs down, inputs across."),
-    strip, grid, more);
+    strip, cards(sparse.filter((row) => row.given.map.length), map, 18));
 }
 
 function runsPanel(runs) {

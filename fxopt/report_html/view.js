@@ -14,6 +14,7 @@ class GraphView {
     this.marks = new Map();
     this.hits = new Set();
     this.selected = null;
+    this.companion = null; // what stands for the selected node, where this graph has another in its place
     this.camera = { x: 0, y: 0, scale: 1 };
     this.pointers = new Map();
     this.listen();
@@ -114,9 +115,10 @@ class GraphView {
   }
 
   /** Select node *id* and bring it to the middle; false where this graph has no such node. */
-  select(id, { center = true } = {}) {
+  select(id, { center = true, companion = null } = {}) {
     this.selected = id;
-    const i = this.graph?.byId.get(id);
+    this.companion = companion;
+    const i = this.graph?.byId.get(companion ?? id);
     if (i !== undefined && this.placed && center) {
       this.camera.scale = Math.max(this.camera.scale, 0.6);
       this.camera.x = this.placed.x[i];
@@ -313,7 +315,13 @@ class GraphView {
     c.fill();
     c.lineWidth = chosen ? 2.5 : this.hits.has(node.id) ? 2 : 1;
     c.strokeStyle = chosen ? colors.accent : this.hits.has(node.id) ? colors.hit : mark ? colors[mark] : colors.line;
+    if (node.id === this.companion) {
+      c.setLineDash([5, 4]);
+      c.lineWidth = 2;
+      c.strokeStyle = colors.accent;
+    }
     c.stroke();
+    c.setLineDash([]);
     if (node.kind !== "io") {
       c.fillStyle = colors[node.kind];
       c.beginPath();
@@ -344,7 +352,7 @@ class GraphView {
       if (what) mark(node, colors[what], 4);
     }
     for (const node of this.graph.nodes) if (this.hits.has(node.id)) mark(node, colors.hit, 2);
-    const chosen = this.graph.byId.get(this.selected);
+    const chosen = this.graph.byId.get(this.companion ?? this.selected);
     if (chosen !== undefined) mark(this.graph.nodes[chosen], colors.accent, 0);
     const from = this.toGraph(0, 0).y, to = this.toGraph(0, height).y;
     const begin = Math.max(0, (from - top) * scale), end = Math.min(height, (to - top) * scale);
