@@ -92,6 +92,7 @@ class TvmBackend(Backend):
     name: ClassVar[str] = "tvm"
     requires: ClassVar[tuple[str, ...]] = ("tvm", "onnx", "onnxscript")
     install: ClassVar[str] = "'fxopt[tvm]'"
+    last_resort: ClassVar[bool] = True
     threads: int | None = None
 
     def __post_init__(self) -> None:

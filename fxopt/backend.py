@@ -112,9 +112,11 @@ class Backend(abc.ABC):
         name: what the user writes as ``backend=``.
         requires: top-level modules of the engine; where one is not importable the backend is unavailable.
         install: what to pip-install for them.
+        last_resort: takes long to compile, so ``backend="auto"`` tries it only where no engine before it takes a model.
     """
 
     name: ClassVar[str]
+    last_resort: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
     install: ClassVar[str] = ""
 

@@ -108,6 +108,8 @@ class Lowering:
         for name in self.plan.target.backends:
             try:
                 cls = registry.find_backend(name)
+                if best is not None and cls.last_resort:
+                    continue
                 cls.require()
                 state = self._state(cls())
                 state = dataclasses.replace(state, program=state.program.copy())  # each engine consumes its own

@@ -114,7 +114,7 @@ X86 = Family(
     cpus={"sse4.2": _SSE, "avx2": _AVX2, "avx512": _AVX512, "avx512-vnni": _VNNI, "amx": _AMX},
     default="avx2",  # what nearly every x86 server and desktop since 2015 has
     # All are measured there, so the order decides ties alone: the engine that needs nothing else installed comes first.
-    backends=("torch", "onnx", "openvino"),
+    backends=("torch", "onnx", "openvino", "tvm"),
     dtypes=frozenset({torch.float32}),  # bf16 and fp16 only by a feature: without one they are emulated, and slower
     channel_multiple=8,  # the blocks of oneDNN's layouts (nChw8c, nChw16c with AVX-512); never fewer than a register
 )
@@ -158,7 +158,8 @@ ARM = Family(
         "apple-m2": _with(_M1, "bf16 i8mm", "apple-m2"),
     },
     default="armv8-a",  # runs on each of them
-    backends=("onnx", "torch"),  # a file is what can be taken there; torch has no kernels to prepare for it from here
+    # A file is what can be taken there; torch has no kernels to prepare for it from here.
+    backends=("onnx", "torch", "tvm"),
     dtypes=frozenset({torch.float32}),
     channel_multiple=8,  # two registers of four floats, or the eight outputs that one int8 kernel has at a time
     always=_words("neon"),

@@ -137,7 +137,7 @@ def openvino(subject: Subject, *, precision: str = "f32", int8: bool = False) ->
 
 def with_fxopt(subject: Subject, *, backend: str, passes: str | None = None, **options: Any) -> Call:
     """What fxopt makes of the model for *backend*, with everything it does by default, verification included."""
-    if backend in ("onnx", "openvino"):
+    if backend in ("onnx", "openvino", "tvm"):
         options["threads"] = subject.threads
     compiled = fxopt.compile(
         subject.model,
@@ -162,6 +162,7 @@ CONTESTANTS: dict[str, Callable[[Subject], Call]] = {
     "fxopt onnx": lambda s: with_fxopt(s, backend="onnx"),
     "fxopt openvino": lambda s: with_fxopt(s, backend="openvino"),
     "fxopt openvino bf16": lambda s: with_fxopt(s, backend="openvino", passes=BF16),
+    "fxopt tvm": lambda s: with_fxopt(s, backend="tvm"),
     "fxopt auto": lambda s: with_fxopt(s, backend="auto"),
 }
 
@@ -174,6 +175,7 @@ INT8: dict[str, Callable[[Subject], Call]] = {
     "fxopt torch int8": lambda s: with_fxopt(s, backend="torch", passes=QUANTIZED),
     "fxopt onnx int8": lambda s: with_fxopt(s, backend="onnx", passes=QUANTIZED),
     "fxopt openvino int8": lambda s: with_fxopt(s, backend="openvino", passes=QUANTIZED),
+    "fxopt tvm int8": lambda s: with_fxopt(s, backend="tvm", passes=QUANTIZED),
     "fxopt auto int8": lambda s: with_fxopt(s, backend="auto", passes=QUANTIZED),
 }
 CHOSEN: dict[str, Callable[[Subject], Call]] = {
@@ -189,10 +191,12 @@ PEERS: dict[str, tuple[str, ...]] = {
     "fxopt onnx": ("onnxruntime",),
     "fxopt openvino": ("openvino",),
     "fxopt openvino bf16": ("openvino bf16",),
+    "fxopt tvm": ("onnxruntime",),
     "fxopt auto": ("inductor", "onnxruntime", "openvino"),
     "fxopt torch int8": ("torchao inductor int8", "onnxruntime int8", "onnxruntime int8 dynamic"),
     "fxopt onnx int8": ("onnxruntime int8", "onnxruntime int8 dynamic"),
     "fxopt openvino int8": ("nncf openvino int8",),
+    "fxopt tvm int8": ("onnxruntime int8", "onnxruntime int8 dynamic"),
     **{name: (name.replace("by latency", "int8"),) for name in CHOSEN},
     "fxopt auto int8": ("nncf openvino int8", "onnxruntime int8", "onnxruntime int8 dynamic", "torchao inductor int8"),
 }
