@@ -27,6 +27,7 @@ class Frozen:
         inputs: flat example input leaves.
         skips: what passes left alone.
         masked: the weights that are held at zero.
+        notes: remarks of the passes, for the report of what is compiled.
     """
 
     program: Program
@@ -35,6 +36,7 @@ class Frozen:
     inputs: list[Any]
     skips: list[Skip]
     masked: Masked
+    notes: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Frozen:
         return self

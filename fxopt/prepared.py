@@ -114,7 +114,9 @@ class PreparedModel(nn.Module):
         )  # fmt: skip
         if args is None and kwargs is None:
             plan = dataclasses.replace(plan, captured=deploy.captured(own, module, frozen.inputs))
-        return CompiledModel(frozen.target, variant=plan.build(args or (), dict(kwargs or {})))
+        variant = plan.build(args or (), dict(kwargs or {}))
+        variant.report.prepared = frozen.notes
+        return CompiledModel(frozen.target, variant=variant)
 
     @property
     def skips(self) -> list[Skip]:

@@ -106,7 +106,7 @@ class Report:
         seconds: time spent by stage ("capture", "passes", "lower", "measure").
         error: largest error of the compiled model against eager, relative to the range; None if not compared.
         engine_exact: False where the engine was told to compute in a lower precision than the graph.
-        notes: remarks of the backend.
+        notes: remarks of the backend; ``prepared``: those of the passes that ran in ``fxopt.prepare``.
         captured: the graph before all passes.
         layers: each conv, linear and product of the final graph in numbers.
         profile: what ``CompiledModel.profile`` measured last, or None.
@@ -126,6 +126,7 @@ class Report:
     error: float | None = None
     engine_exact: bool = True
     notes: Sequence[str] = ()
+    prepared: Sequence[str] = ()
     captured: Snapshot | None = dataclasses.field(default=None, repr=False)
     layers: tuple[Layer, ...] = dataclasses.field(default=(), repr=False)
     profile: Profile | None = dataclasses.field(default=None, repr=False)
@@ -222,7 +223,8 @@ class Report:
         return Text("Measured: " + "; ".join(words))
 
     def _remarks(self) -> Sequence[RenderableType]:
-        parts: list[RenderableType] = [Text(f"{p.name}: {note}") for p in self.passes for note in p.notes]
+        parts: list[RenderableType] = [Text(f"before training, {note}") for note in self.prepared]
+        parts += [Text(f"{p.name}: {note}") for p in self.passes for note in p.notes]
         parts += [Text(f"{self.backend}: {note}") for note in self.notes]
         if not self.skips:
             return parts

@@ -109,7 +109,9 @@ def _rewritten(captured: Captured, ctx: PassContext, listed: list[Pass], verify:
     masked = dataclasses.replace(masked, patterns=patterns).of(program.constants)
     if earlier.patterns:
         rounds.check(program, masked.patterns, [one.name for one in listed if not one.exact])
-    frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked)
+    notes = captured.model._frozen.notes if isinstance(captured.model, PreparedModel) else ()
+    notes += tuple(f"{record.name}: {note}" for record in records for note in record.notes)
+    frozen = Frozen(program, name, ctx.target, captured.inputs, skips, masked, notes)
     prepared = PreparedModel(frozen, dict(_tensors(program, captured)), modules, captured.model)
     if isinstance(captured.model, PreparedModel):
         prepared.inherit(captured.model)

@@ -17,7 +17,7 @@ from fxopt.report import PassRecord, Report
 from fxopt.rewriter import Skip
 from fxopt.verify import Difference
 
-_OWN_FORM = ("passes", "notes", "captured", "layers", "profile")
+_OWN_FORM = ("passes", "notes", "prepared", "captured", "layers", "profile")
 _RECORD = [
     field.name
     for field in dataclasses.fields(PassRecord)
@@ -31,6 +31,7 @@ def encode_report(report: Report) -> dict[str, Any]:
     entry = {name: encode(getattr(report, name)) for name in _REPORT}
     return entry | {
         "notes": list(report.notes),
+        "prepared": list(report.prepared),
         "passes": [_encode_record(record) for record in report.passes],
         "captured": None if report.captured is None else report.captured.to_text(),
         "layers": encode_layers(report.layers),
@@ -54,6 +55,7 @@ def decode_report(entry: Mapping[str, Any]) -> Report:
     """
     report = Report(**{name: decode(entry[name]) for name in _REPORT})
     report.notes = [str(note) for note in entry["notes"]]
+    report.prepared = [str(note) for note in entry.get("prepared", ())]
     report.passes = [_decode_record(record) for record in entry["passes"]]
     report.captured = Snapshot.from_text(entry.get("captured"))
     report.layers = decode_layers(entry.get("layers"))

@@ -220,8 +220,7 @@ class SparsifyNM(Pass):
             f"ones. {gain}"
         )
         rewriter.note(text)
-        if not ctx.training:
-            warn(f"{self.name}: {text}")
+        warn(f"{self.name}: {text}")
 
 
 _MOST = 256

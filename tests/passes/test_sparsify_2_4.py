@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -415,6 +416,21 @@ def test_it_says_that_nothing_gets_faster() -> None:
     assert "no speed-up on this target" in text.replace("\n", " ")
     assert "weights, zeros packed" in text
     assert 0.5 < model.report.packed_bytes / model.report.bytes[1] < 0.65
+
+
+def test_it_says_so_in_prepare_and_in_what_is_compiled_after_it(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prepared = fxopt.prepare(small(), (X,), passes="low-rank-linear,sparsify-2-4")
+        again = fxopt.prepare(prepared, passes="prune-weights{ratio=0.1}")
+        compiled = again.compile(backend="torch")
+    assert [str(w.message) for w in caught if "no speed-up on this target" in str(w.message)].__len__() == 1
+    compiled.save(tmp_path / "m.fxopt")
+    for report in (compiled.report, fxopt.load(tmp_path / "m.fxopt").report):
+        text = str(report).replace("\n", " ")
+        assert "before training, sparsify-2-4: no speed-up on this target" in text
+        assert "before training, low-rank-linear: no latency was measured here" in text
+        assert "before training, prune-weights:" in text
 
 
 def test_it_says_that_nothing_gets_smaller_where_nothing_does() -> None:
