@@ -25,7 +25,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 lines = [line.split() for line in open("/proc/self/maps")]
 print("addresses", *(line[0] for line in lines if line[-1].endswith("/" + name) and "x" in line[1]))
 """
-_INSTRUCTION = re.compile(r"0x([0-9a-f]+):  [0-9a-f]{8}  (\S+)")
+_INSTRUCTION = re.compile(r"0x([0-9a-f]+):  ([0-9a-f]{8})  (\S+)")
+# QEMU's disassembler is older than these: mask, value and name, from the Arm Architecture Reference Manual.
+_NEWER = (
+    (0xBFE0FC00, 0x0E809400, "sdot"),
+    (0xBFE0FC00, 0x2E809400, "udot"),
+    (0xBFE0FC00, 0x0E809C00, "usdot"),
+    (0xBFC0F400, 0x0F80E000, "sdot"),
+    (0xBFC0F400, 0x2F80E000, "udot"),
+    (0xFFE0FC00, 0x4E80A400, "smmla"),
+    (0xFFE0FC00, 0x6E80A400, "ummla"),
+)
 _BLOCK = re.compile(r"Trace \d+: \S+ \[[0-9a-f]+/([0-9a-f]+)/")
 
 
@@ -80,6 +90,11 @@ def _release(pipe: Path, reader: threading.Thread) -> None:
         reader.join(timeout=0.5)
 
 
+def _name(word: int, shown: str) -> str:
+    """The name of the instruction *word*, for which QEMU shows *shown*."""
+    return next((name for mask, value, name in _NEWER if word & mask == value), shown)
+
+
 def counted(lines: Iterable[str]) -> Counter[str]:
     """Instructions by name in a log of QEMU: each block's, as often as it ran."""
     blocks: dict[int, list[str]] = {}
@@ -97,7 +112,7 @@ def counted(lines: Iterable[str]) -> Counter[str]:
             if instruction is not None:
                 if not current:
                     blocks[int(instruction[1], 16)] = current
-                current.append(instruction[2])
+                current.append(_name(int(instruction[2], 16), instruction[3]))
     total: Counter[str] = Counter()
     for address, times in runs.items():
         for name in blocks.get(address, ()):
