@@ -65,6 +65,8 @@ def test_the_wheel_holds_every_module(built: Path) -> None:
     expected = {"fxopt/py.typed"}
     for folder, installed in (("fxopt", "fxopt"), ("passes", "fxopt/passes"), ("backends", "fxopt/backends")):
         expected |= {f"{installed}/{p.relative_to(ROOT / folder)}" for p in (ROOT / folder).rglob("*.py")}
+    page = ROOT / "fxopt" / "report_html"
+    expected |= {f"fxopt/{p.relative_to(ROOT / 'fxopt')}" for p in page.rglob("*.*") if "__pycache__" not in p.parts}
     assert held == expected
     assert "License-Expression: Apache-2.0" in metadata
 
