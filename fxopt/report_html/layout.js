@@ -95,6 +95,14 @@ function place(count, inputs, edges) {
     x[i] = x[owner[i]] + side[i] * steps[i] * (WIDTH + ASIDE);
     y[i] = y[owner[i]];
   }
+  edges.forEach(([a, b], i) => { // the ends of an edge lie on the boxes, and not on the room for what is beside them
+    if (!routes[i]) return;
+    const ends = [[routes[i][0], a, HEIGHT / 2], [routes[i].at(-1), b, -HEIGHT / 2]];
+    for (const [point, node, border] of ends) {
+      point[0] = Math.min(x[node] + WIDTH / 2 - 14, Math.max(x[node] - WIDTH / 2 + 14, point[0]));
+      point[1] = y[node] + border;
+    }
+  });
   edges.forEach(([a, b], i) => {
     if (owner[a] >= 0) routes[i] = [[x[a] - (side[a] * WIDTH) / 2, y[a]], [x[b] + (side[a] * WIDTH) / 2, y[b]]];
   });
