@@ -54,8 +54,10 @@ class Target:
         Features are comma-separated, each with + or -, in fxopt's spelling or LLVM's: ``-mattr=+dotprod,-bf16``.
 
         Raises:
-            SpecError: *text* has another form, or a name or feature in it is unknown.
+            SpecError: *text* has another form, or a name or feature in it is unknown. InputError: it is no string.
         """
+        if not isinstance(text, str):
+            raise InputError(f"target must be a name or an fxopt.Target, not {type(text).__name__}")
         first, *options = text.split() or [""]
         family, cpu = _named(first)
         switches = ""
@@ -145,8 +147,6 @@ def resolve_target(target: str | Target) -> Target:
     """
     if isinstance(target, Target):
         return target
-    if not isinstance(target, str):
-        raise InputError(f"target must be a name or an fxopt.Target, not {type(target).__name__}")
     return Target.from_string(target)
 
 
