@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
@@ -28,6 +27,7 @@ from tvm import relax
 from fxopt.backends import _tvm_graph, _tvm_pipeline
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._tvm_import import from_onnx
+from fxopt.backends._tvm_packing import array
 from fxopt.backends._tvm_target import Machine
 from fxopt.errors import ArtifactError
 
@@ -148,7 +148,7 @@ class Built:
 
     def nbytes(self) -> int:
         """Bytes of the parameters."""
-        return sum(np.from_dlpack(weight).nbytes for weight in self.weights)
+        return sum(array(weight).nbytes for weight in self.weights)
 
 
 def _linker(machine: Machine) -> str:

@@ -57,7 +57,10 @@ def rewrite(
     if isinstance(expr, IntImm | FloatImm):
         return expr
     if isinstance(expr, _BINARY):
-        return type(expr)(again(expr.a), again(expr.b))
+        a, b = again(expr.a), again(expr.b)
+        if isinstance(expr, tirx.EQ | tirx.NE) and str(a.ty.dtype) == "bool":  # vectors of which it compares as floats
+            a, b = tirx.Cast("int8", a), tirx.Cast("int8", b)
+        return type(expr)(a, b)
     if isinstance(expr, tirx.Not | tirx.BitwiseNot):
         return type(expr)(again(expr.a))
     if isinstance(expr, tirx.Cast):
@@ -209,6 +212,14 @@ def _tanh(x: Expr) -> Expr:
     return tirx.Select(_is_nan(x), x, value)
 
 
+def _sinh(x: Expr) -> Expr:
+    """(e^x − e^−x)/2; its series where the two cancel."""
+    squared = tirx.Mul(x, x)
+    series = _horner(squared, (2.7557319e-6, 1.9841270e-4, 8.3333333e-3, 0.16666667, 1.0))
+    large = tirx.Mul(_f(0.5), tirx.Sub(exp(x), exp(tirx.Sub(_f(0.0), x))))
+    return tirx.Select(tirx.LT(squared, _f(1.0)), tirx.Mul(x, series), large)
+
+
 def _sigmoid(x: Expr) -> Expr:
     return tirx.Div(_f(1.0), tirx.Add(_f(1.0), exp(tirx.Sub(_f(0.0), x))))
 
@@ -241,6 +252,8 @@ _WRITTEN: dict[str, Callable[..., Expr]] = {
     "tirx.tanh": _tanh,
     "tirx.sigmoid": _sigmoid,
     "tirx.erf": _erf,
+    "tirx.sinh": _sinh,
+    "tirx.cosh": lambda x: tirx.Mul(_f(0.5), tirx.Add(exp(x), exp(tirx.Sub(_f(0.0), x)))),
     "tirx.rsqrt": lambda x: tirx.Div(_f(1.0), tirx.sqrt(x)),
 }
 

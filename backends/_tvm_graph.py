@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import tvm
 from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
@@ -15,7 +16,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from fxopt.backends._tvm_int8 import integers, quantize
 from fxopt.backends._tvm_layout import channels_last
 from fxopt.backends._tvm_operators import operators
-from fxopt.backends._tvm_packing import constant
+from fxopt.backends._tvm_packing import array, constant
 from fxopt.backends._tvm_schedule import schedule
 from fxopt.backends._tvm_target import Machine
 
@@ -92,7 +93,7 @@ class _Fold(PyExprMutator):  # type: ignore[misc]
         if any(value is None for value in values):
             return call
         result = evaluate[1](call, *values)
-        return call if result is None else relax.const(np.array(result, order="C"))
+        return call if result is None else relax.const(np.array(result, order="C"), str(result.dtype))
 
     def _known(self, value: Any) -> Any:
         bound = self.lookup_binding(value) if isinstance(value, relax.Var) else None
@@ -167,9 +168,9 @@ class _Lift(PyExprMutator):  # type: ignore[misc]
 
     def visit_generic_const_(self, expr: Any) -> Any:
         value = expr.value
-        if not isinstance(value, tvm.runtime.Tensor) or np.from_dlpack(value).size <= EMBEDDED:
+        if not isinstance(value, tvm.runtime.Tensor) or array(value).size <= EMBEDDED:
             return expr
-        key = np.from_dlpack(value).ctypes.data
+        key = torch.utils.dlpack.from_dlpack(value).data_ptr()
         if key not in self.seen:
             self.seen[key] = relax.Var(f"weight_{len(self.values)}", expr.ty)
             self.values.append(value)

@@ -17,7 +17,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
 
-from fxopt.backends._tvm_sizes import compute, known
+from fxopt.backends._tvm_sizes import as_tensor, compute, known
 from fxopt.errors import UnsupportedOp
 
 
@@ -73,12 +73,16 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             inputs = [self._nodes[name] for name in node.input if name]
             made = compute(node.op_type, inputs, self._parse_attr(node.attribute)) if inputs else None
             if made is None:
+                for name in filter(None, node.input):
+                    tensor = as_tensor(node.op_type, self._nodes[name])
+                    if tensor is not self._nodes[name]:
+                        self._nodes[name] = self.bb.emit(tensor)
                 super()._construct_nodes(_OneNode((node,)))
                 made = self._nodes.get(node.output[0])
             self._nodes[node.output[0]] = known(made)
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
-        ours = {"Clip": _clip, "Gather": _gather, "MatMulInteger": _matmul_integer}.get(op_name)
+        ours = {"Clip": _clip, "Gather": _gather, "MatMulInteger": _matmul_integer, "Shape": _shape}.get(op_name)
         made = ours(self.bb, inputs, attrs) if ours is not None else None
         if made is not None:
             return self.bb.normalize(made)
@@ -125,6 +129,14 @@ def _gather(bb: Any, inputs: Any, attrs: Any) -> Any:
         wrapped = relax.op.add(indices, relax.const(int(size), dtype))
         positions = relax.op.where(relax.op.less(indices, relax.const(0, dtype)), wrapped, indices)
     return relax.op.take(data, bb.normalize(positions), axis, mode="clip")
+
+
+def _shape(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """The part of the shape that is asked for; TVM gives all of it."""
+    shape = getattr(inputs[0].ty, "shape", None)
+    if shape is None or not isinstance(inputs[0].ty, relax.TensorType):
+        return None
+    return relax.ShapeExpr(list(shape)[attrs.get("start", 0) : attrs.get("end")])
 
 
 def _matmul_integer(bb: Any, inputs: Any, attrs: Any) -> Any:

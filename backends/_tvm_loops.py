@@ -32,7 +32,9 @@ def static(value: int | Expr) -> int | None:
 
 
 def block(statements: Sequence[Stmt]) -> Stmt:
-    """One statement of several."""
+    """One statement of several, or of none."""
+    if not statements:
+        return tirx.Evaluate(tirx.IntImm("int32", 0))
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))
 
 

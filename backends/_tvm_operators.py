@@ -127,7 +127,7 @@ def _layer_norm(bb: Any, call: Any) -> Any:
     x, attrs = call.args[0], call.attrs
     rank = len(x.ty.shape)
     axes = sorted(int(a) % rank for a in attrs.axes)
-    floats = str(x.ty.dtype) == "float32"
+    floats = str(x.ty.dtype) in ("float32", "float64")
     if axes != list(range(rank - len(axes), rank)) or not (attrs.center and attrs.scale) or not floats:
         return _stock(bb, call)
     epsilon = float(attrs.epsilon)
@@ -137,7 +137,8 @@ def _layer_norm(bb: Any, call: Any) -> Any:
 
 def _normalized(x: Any, gamma: Any, beta: Any, kept: int, epsilon: float) -> Any:
     outer, inner = x.shape[:kept], x.shape[kept:]
-    count = tirx.Cast("float32", _product(inner))
+    dtype = str(x.dtype)
+    count = tirx.Cast(dtype, _product(inner))
 
     def axes() -> list[Any]:
         return [te.reduce_axis((0, s), f"k{d}") for d, s in enumerate(inner)]
@@ -154,7 +155,7 @@ def _normalized(x: Any, gamma: Any, beta: Any, kept: int, epsilon: float) -> Any
         lambda *i: te.sum((x[at(i, second)] - mean[i]) * (x[at(i, second)] - mean[i]), axis=second),
         name="squares",
     )
-    factor = te.compute(outer, lambda *i: te.rsqrt(squares[i] / count + tirx.const(epsilon, "float32")), name="factor")
+    factor = te.compute(outer, lambda *i: te.rsqrt(squares[i] / count + tirx.const(epsilon, dtype)), name="factor")
 
     def result(*i: Any) -> Any:
         return (x[i] - mean[i[:kept]]) * factor[i[:kept]] * gamma[i[kept:]] + beta[i[kept:]]

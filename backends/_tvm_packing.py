@@ -24,7 +24,16 @@ GROUP = 4  # bytes that one lane of a dot product takes at once
 def constant(expr: Any) -> np.ndarray[Any, Any] | None:
     """The value of a constant of the graph; None for anything else."""
     held = isinstance(expr, GenericConst) and isinstance(expr.value, tvm.runtime.Tensor)
-    return np.from_dlpack(expr.value) if held else None
+    return array(expr.value) if held else None
+
+
+def array(tensor: Any) -> np.ndarray[Any, Any]:
+    """*tensor* of TVM as an array, without a copy where numpy knows its dtype."""
+    try:
+        return np.from_dlpack(tensor)
+    except (BufferError, RuntimeError, TypeError):  # bfloat16
+        copied: np.ndarray[Any, Any] = tensor.numpy()
+        return copied
 
 
 def number(value: int) -> Any:

@@ -15,6 +15,8 @@ import tvm
 from tvm import relax, tirx
 from tvm.ir import GenericConst
 
+from fxopt.backends._tvm_loops import static
+
 _LONGEST = 16  # elements; longer constants are no sizes
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
@@ -26,7 +28,10 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "Min": tirx.min,
     "Max": tirx.max,
 }
-_AS_IT_IS = {"Cast", "Identity"}
+_INTEGERS = (6, 7)  # int32 and int64 of ONNX
+_TAKE_SIZES = set(
+    "Reshape Resize ConstantOfShape Gather Slice Shape Expand Concat Squeeze Range Tile Unsqueeze".split()
+)
 _RESHAPES = {"Squeeze": 0, "Unsqueeze": 1}
 
 
@@ -53,6 +58,17 @@ def compute(operator: str, inputs: Sequence[Any], attributes: Mapping[str, Any])
     return known(relax.ShapeExpr(values) if rank else values[0])
 
 
+def as_tensor(operator: str, value: Any) -> Any:
+    """*value*; where it is a size and *operator* computes with tensors, the expression of a tensor that holds it."""
+    if operator in _TAKE_SIZES:
+        return value
+    if isinstance(value, relax.ShapeExpr):
+        return relax.op.shape_to_tensor(value)
+    if tvm.ir.is_prim_expr(value):
+        return relax.op.reshape(relax.op.shape_to_tensor(relax.ShapeExpr([_long(value)])), ())
+    return value
+
+
 _Sizes = tuple[list[Any], int]
 
 
@@ -65,7 +81,7 @@ def _result(operator: str, sizes: Sequence[_Sizes], attributes: Mapping[str, Any
             return None
         pairs = zip(values * (length // len(values)), other * (length // len(other)), strict=True)
         return [_ARITHMETIC[operator](_long(a), _long(b)) for a, b in pairs], max(rank, other_rank)
-    if operator in _AS_IT_IS:
+    if operator == "Identity" or (operator == "Cast" and attributes.get("to") in _INTEGERS):
         return values, rank
     if operator in _RESHAPES:
         return (values, _RESHAPES[operator]) if len(values) == 1 else None
@@ -74,6 +90,12 @@ def _result(operator: str, sizes: Sequence[_Sizes], attributes: Mapping[str, Any
         return (
             (values, len(shape)) if len(shape) == len(sizes[1][0]) <= 1 and shape in ([], [-1], [len(values)]) else None
         )
+    if operator == "Slice":
+        limits = [[static(at) for at in part] for part, _ in sizes[1:]]
+        if any(at is None for part in limits for at in part) or len(limits) < 2:
+            return None
+        step = limits[3][0] if len(limits) > 3 else 1
+        return values[limits[0][0] : limits[1][0] : step], 1
     if operator == "Concat":
         return [value for part, _ in sizes for value in part], 1
     if operator == "Gather" and all(isinstance(at, tirx.IntImm) for at in sizes[1][0]):
