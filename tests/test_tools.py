@@ -11,10 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from fxopt import registry
 from fxopt.passbase import Pass
-from tools import ROOT, check_imports, check_size, new_pass, timing
+from tools import ROOT, check_imports, check_size, docs, new_pass, timing
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,8 @@ def test_geometric_mean() -> None:
 def root(tmp_path: Path) -> Path:
     """A folder that looks like the repository to the scaffold."""
     (tmp_path / "passes").mkdir()
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
@@ -85,13 +87,16 @@ def _import(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
 
 
 def test_a_new_pass_passes_its_own_test(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, test, _ = new_pass.scaffold("drop-double-negation", root)
+    code, test, page, *_ = new_pass.scaffold("drop-double-negation", root)
     made: type[Pass] = _import(code, "fxopt.passes.drop_double_negation", monkeypatch).DropDoubleNegation
     find = registry.find_pass
     monkeypatch.setattr(registry, "find_pass", lambda name: made if name == made.name else find(name))
     module = _import(test, "test_drop_double_negation", monkeypatch)
     module.test_rewrites()
     module.test_leaves_a_shared_value_alone()
+    assert list(docs.write([page])) == []
+    assert "return [%0]" in page.read_text()
+    assert "It has no options." in page.read_text()
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
@@ -110,6 +115,10 @@ def test_a_new_pass_is_declared_among_the_others(root: Path) -> None:
     points = after["project"]["entry-points"]["fxopt.passes"]
     assert points.pop("drop-double-negation") == "fxopt.passes.drop_double_negation:DropDoubleNegation"
     assert list(points) == sorted(points)
+    assert after == before
+    before, after = (yaml.safe_load((folder / "mkdocs.yml").read_text()) for folder in (ROOT, root))
+    (passes,) = [entry["Passes"] for entry in after["nav"] if "Passes" in entry]
+    assert passes.pop() == {"drop-double-negation": "passes/drop-double-negation.md"}
     assert after == before
 
 

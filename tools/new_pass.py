@@ -1,4 +1,4 @@
-"""Starts a new pass: passes/<name>.py with a rewrite that runs, its test, and its entry point."""
+"""Starts a new pass: passes/<name>.py with a rewrite that runs, its test, its page, and its entry point."""
 
 from __future__ import annotations
 
@@ -86,6 +86,47 @@ def test_leaves_a_shared_value_alone() -> None:
     assert "other users" in checked.reasons()
 '''
 
+# Pages of new passes stand right after this line of mkdocs.yml.
+NAV = "      - All passes: passes/index.md"
+
+PAGE = """# {name}
+
+What becomes smaller or faster, in one sentence.
+
+```python
+import torch
+from torch import nn
+
+from fxopt.testing import check_pass
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return torch.neg(torch.neg(x)) + 1
+
+
+model, x = Twice(), torch.randn(2, 3)
+for one in ("canonicalize", "{name}"):
+    print(check_pass(one, model, (x,)).text)
+```
+
+```fxir
+```
+
+## Algebra
+
+    neg(neg(x))   →   x
+
+## Options
+
+<!-- options {name} -->
+<!-- end -->
+
+## When it hurts
+
+Say it here, with the command that measures it.
+"""
+
 
 def scaffold(name: str, root: Path = ROOT) -> list[Path]:
     """Writes the files of the pass *name* below *root* and declares it in pyproject.toml; returns what changed.
@@ -96,16 +137,19 @@ def scaffold(name: str, root: Path = ROOT) -> list[Path]:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ValueError(f"{name!r} is no pass name: lower-case words joined by dashes, as in fold-constants")
     module, cls = name.replace("-", "_"), "".join(word.capitalize() for word in name.split("-"))
-    project, code = root / "pyproject.toml", root / "passes" / f"{module}.py"
-    test = root / "tests" / "passes" / f"test_{module}.py"
+    project, code, nav = root / "pyproject.toml", root / "passes" / f"{module}.py", root / "mkdocs.yml"
+    test, page = root / "tests" / "passes" / f"test_{module}.py", root / "docs" / "passes" / f"{name}.md"
     text = project.read_text()
     if code.exists() or test.exists() or re.search(rf"^{re.escape(name)} = ", text, re.MULTILINE):
         raise ValueError(f"there is a pass {name} already")
-    test.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (test.parent, page.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     code.write_text(PASS.format(name=name, cls=cls))
     test.write_text(TEST.format(name=name, cls=cls, module=module))
+    page.write_text(PAGE.format(name=name))
     project.write_text(_declared(text, f'{name} = "fxopt.passes.{module}:{cls}"'))
-    return [code, test, project]
+    nav.write_text(nav.read_text().replace(NAV, f"{NAV}\n      - {name}: passes/{name}.md", 1))
+    return [code, test, page, project, nav]
 
 
 def _declared(text: str, line: str) -> str:
@@ -128,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in changed:
         print(path.relative_to(ROOT))
     print(f"now run: tools/test {changed[1].relative_to(ROOT)}")
+    print(f"and for its page: tools/docs --write {changed[2].relative_to(ROOT)} docs/passes/index.md")
 
 
 if __name__ == "__main__":
