@@ -97,6 +97,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
         text = page.read_text()
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//[^>]+", text)
         assert "<!-- setup" not in text
+        assert "unpkg" not in text
 
 
 # --- what checks the pages finds what is wrong in one

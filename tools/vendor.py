@@ -1,6 +1,6 @@
-"""Fetches the browser libraries that the report page bundles, in the versions of vendor.json, from the npm registry.
+"""Fetches the browser libraries that the report page and the documentation bundle, from the npm registry.
 
-To update one, change its version in fxopt/report_html/vendor/vendor.json and run this. ``--check`` writes nothing and
+To update one, change its version in the vendor.json beside it and run this. ``--check`` writes nothing and
 fails where what is committed differs from the registry.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from tools import ROOT
 
-FOLDER = ROOT / "fxopt" / "report_html" / "vendor"
+FOLDERS = (ROOT / "fxopt" / "report_html" / "vendor", ROOT / "docs" / "vendor")
 
 
 def fetch(library: dict[str, Any]) -> dict[str, bytes]:
@@ -47,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args(argv)
     differ = False
-    for library in json.loads((FOLDER / "vendor.json").read_text()):
+    libraries = [(folder, one) for folder in FOLDERS for one in json.loads((folder / "vendor.json").read_text())]
+    for folder, library in libraries:
         for name, content in fetch(library).items():
-            path = FOLDER / name
+            path = folder / name
             same = path.exists() and path.read_bytes() == content
             differ |= not same
             print(f"{library['package']} {library['version']}: {name}{'' if same else ' differs'}")
