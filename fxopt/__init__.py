@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fxopt.report import Report
     from fxopt.rewriter import Rewriter
     from fxopt.signature import Signature
+    from fxopt.stepwise import waterfall
     from fxopt.sweep import sensitivity
     from fxopt.target import Target
     from fxopt.target_list import targets
@@ -50,6 +51,7 @@ _HOME = {
     "prepare": "training",
     "PreparedModel": "prepared",
     "sensitivity": "sweep",
+    "waterfall": "stepwise",
     "Report": "report",
     "Target": "target",
     "targets": "target_list",
@@ -71,7 +73,7 @@ _HOME = {
     "BackendUnavailable": "errors",
     "ArtifactError": "errors",
 }
-_MODULES = ("conformance", "testing", "passes", "backends")
+_MODULES = ("conformance", "report_html", "testing", "passes", "backends")
 
 __all__ = [
     "ArtifactError",
@@ -101,9 +103,11 @@ __all__ = [
     "load",
     "minify",
     "prepare",
+    "report_html",
     "sensitivity",
     "targets",
     "testing",
+    "waterfall",
 ]
 
 

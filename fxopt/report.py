@@ -107,6 +107,7 @@ class Report:
         error: largest error of the compiled model against eager, relative to the range; None if not compared.
         engine_exact: False where the engine was told to compute in a lower precision than the graph.
         notes: remarks of the backend; ``prepared``: those of the passes that ran in ``fxopt.prepare``.
+        waterfall: milliseconds from eager through every pass, where :func:`fxopt.waterfall` measured them.
         captured: the graph before all passes.
         layers: each conv, linear and product of the final graph in numbers.
         profile: what ``CompiledModel.profile`` measured last, or None.
@@ -127,6 +128,7 @@ class Report:
     engine_exact: bool = True
     notes: Sequence[str] = ()
     prepared: Sequence[str] = ()
+    waterfall: Mapping[str, float] = dataclasses.field(default_factory=dict)
     captured: Snapshot | None = dataclasses.field(default=None, repr=False)
     layers: tuple[Layer, ...] = dataclasses.field(default=(), repr=False)
     profile: Profile | None = dataclasses.field(default=None, repr=False)

@@ -53,7 +53,7 @@ def decode_report(entry: Mapping[str, Any]) -> Report:
     Raises:
         ArtifactError: it wrote no such thing.
     """
-    report = Report(**{name: decode(entry[name]) for name in _REPORT})
+    report = Report(**{name: decode(entry[name]) for name in _REPORT if name in entry or name != "waterfall"})
     report.notes = [str(note) for note in entry["notes"]]
     report.prepared = [str(note) for note in entry.get("prepared", ())]
     report.passes = [_decode_record(record) for record in entry["passes"]]

@@ -80,6 +80,7 @@ def _numbers(report: Report) -> dict[str, Any]:
         "packed": report.packed_bytes,
         "latency": {name: value for name, value in report.latency_ms.items() if number(value) is not None},
         "measured": measured,
+        "waterfall": [[str(name), ms] for name, ms in report.waterfall.items() if number(ms) is not None],
         "declined": {name: str(value) for name, value in report.candidates.items() if name not in measured},
         "seconds": {name: number(value) for name, value in report.seconds.items()},
         "error": number(report.error),

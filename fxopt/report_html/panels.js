@@ -24,7 +24,9 @@ function summaryPanel({ report, passes, outputs, profile }) {
     outputs.length > 0 && tile("Outputs, quantized", outputs[0].cosine === null ? "–" : outputs[0].cosine.toFixed(5),
       `cosine to float${outputs[0].top1 === null ? "" : `, top-1 equal on ${format.percent(outputs[0].top1)}`}`));
   return h("section", { id: "summary", "aria-label": "Summary" }, tiles,
-    h("div", { class: "two" }, latencyPanel(report, profile), timePanel(report, passes)),
+    h("div", { class: "two" }, report.waterfall.length
+      ? [h("div", { class: "stack" }, latencyPanel(report, profile), timePanel(report, passes)), waterfallPanel(report.waterfall)]
+      : [latencyPanel(report, profile), timePanel(report, passes)]),
     report.notes.length > 0 && h("ul", { class: "notes" }, report.notes.map((note) => h("li", {}, `${report.backend}: ${note}`))));
 }
 
@@ -44,6 +46,20 @@ function latencyPanel(report, profile) {
     h("p", { class: "quiet" }, "Measured while compiling, on the example inputs: the model as it was, and the result of all passes."),
     profile && h("p", { class: "quiet" }, `Profiled: ${format.ms(profile.total)} ms a run, median of ${profile.runs}; the time of each node is in the table.`),
     declined.map(([name, why]) => h("p", { class: "quiet" }, h("b", {}, name), ` was not taken: ${why}`)));
+}
+
+/** What each step added or took away, each bar from where the one before it ended; the first and the last are whole. */
+function waterfallPanel(steps) {
+  const most = Math.max(...steps.map(([, ms]) => ms)) || 1, percent = (ms) => `${(100 * ms) / most}%`;
+  return h("div", { class: "card" }, h("h3", {}, "Pass by pass"), h("div", { class: "bars", role: "list", "aria-label": "Latency from eager through every pass" }, steps.map(([name, ms], i) => {
+    const before = i ? steps[i - 1][1] : 0, whole = i === 0 || i === steps.length - 1;
+    const change = i ? `  ${ms <= before ? "−" : "+"}${format.ms(Math.abs(ms - before))}` : "";
+    return h("div", { class: `bar${i === steps.length - 1 ? " strong" : ""}`, role: "listitem" }, h("span", { class: "bar-name", title: name }, name),
+      h("span", { class: "bar-track" },
+        whole && h("span", { class: "bar-fill", style: { width: percent(ms) } }),
+        i > 0 && h("span", { class: `bar-step ${ms <= before ? "less" : "more"}`, style: { left: percent(Math.min(ms, before)), width: percent(Math.abs(ms - before)) } })),
+      h("span", { class: "bar-value" }, `${format.ms(ms)} ms${change}`));
+  })), h("p", { class: "quiet" }, "Each step lowered and measured by itself; green is time saved, red time added."));
 }
 
 function timePanel(report, passes) {

@@ -236,3 +236,23 @@ def test_the_bundled_library_is_the_one_that_is_named() -> None:
     assert "Permission is hereby granted" in (folder / "dagre.LICENSE.txt").read_text()
     assert f'"{library["version"]}"' in (folder / "dagre.min.js").read_text()
     assert "Permission is hereby granted" in report_html.page("x", {})
+
+
+def test_the_latency_after_each_pass_is_measured_on_request(tmp_path: Path) -> None:
+    data = [(image(2) + i,) for i in range(4)]
+    steps = fxopt.waterfall(Net().eval(), image(), passes="insert-fake-quant", calibration=data, backend="torch")
+    compiled_report = compiled("insert-fake-quant", calibration=data).report
+    ran = [record.name for record in compiled_report.passes if record.edits]
+    assert list(steps.ms) == ["eager", "captured", *ran]
+    assert all(ms > 0 for ms in steps.ms.values())
+    assert "fuse-conv-bn-relu" in str(steps)
+    compiled_report.waterfall = steps.ms
+    _, _, page_data = read(compiled_report.to_html(tmp_path / "r.html"))
+    assert page_data["report"]["waterfall"] == [list(item) for item in steps.ms.items()]
+
+
+def test_a_waterfall_needs_this_machine_and_an_engine() -> None:
+    with pytest.raises(fxopt.PreconditionError, match="another machine"):
+        fxopt.waterfall(Net().eval(), image(), target="cortex-a76")
+    with pytest.raises(fxopt.SpecError):
+        fxopt.waterfall(Net().eval(), image(), backend="auto")
