@@ -39,7 +39,7 @@ class Targets(Sequence[Target]):
     def __rich__(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("target", "kind", "features", "dtypes", "channels", "int8", "2:4", "backends", "here"):
-            table.add_column(title)
+            table.add_column(title, no_wrap=title == "target", overflow="fold")
         for one in self._targets:
             order = FAMILIES[one.name].features
             dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in one.native_dtypes - {torch.float32})

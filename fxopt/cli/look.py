@@ -34,7 +34,7 @@ def dump(name: str, inputs: Sequence[str], target: str | None, passes: str | Non
     else:
         model = build.compiled(name, build.Wish.of(None, inputs, target, "torch", passes, None, None))
     text = fxir.dump(model._current("dump").program, f"final  target {model.target}")
-    emit({"fxir": text}, Text(text.rstrip()), as_json=as_json)
+    emit({"fxir": text}, Text(text.rstrip()), as_json=as_json, wrap=False)
     return None
 
 
@@ -48,7 +48,8 @@ def diff(first: str, second: str, *, as_json: bool) -> int | None:
     styles = {"+": "green", "-": "red", "@": "cyan"}
     parts: list[Any] = [Text(line, styles.get(line[:1], "")) for line in lines]
     parts += [Text(f"@{name} has other numbers", "yellow") for name in weights]
-    emit({"same": not (lines or weights), "lines": lines, "weights": weights}, Group(*parts), as_json=as_json)
+    found = {"same": not (lines or weights), "lines": lines, "weights": weights}
+    emit(found, Group(*parts), as_json=as_json, wrap=False)
     return NO if lines or weights else None
 
 

@@ -21,12 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Arguments = ParamSpec("Arguments")
 
 
-def emit(data: dict[str, Any], text: RenderableType, *, as_json: bool) -> None:
-    """Print *data* as JSON, or *text*."""
+def emit(data: dict[str, Any], text: RenderableType, *, as_json: bool, wrap: bool = True) -> None:
+    """Print *data* as JSON, or *text*; without *wrap* its lines stay whole, however narrow the terminal is."""
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
     else:
-        Console().print(text)
+        Console(soft_wrap=not wrap).print(text)
 
 
 def guarded(command: Callable[Arguments, int | None]) -> Callable[Arguments, None]:

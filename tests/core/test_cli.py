@@ -198,6 +198,7 @@ def test_explain_dump_diff_report(artifact: Path, lossy: Path, tmp_path: Path) -
     text = call("dump", artifact)
     assert "fxopt.conv2d(" in text
     assert text == call("dump", f"{M}:pair")
+    assert text == answer("dump", artifact)["fxir"], "lines stay whole, or the text is no dump"
     assert answer("diff", artifact, artifact) == {"same": True, "lines": [], "weights": []}
     assert any(line.startswith("-") for line in answer("diff", artifact, lossy, status=1)["lines"])
     for name in ("a", "b"):
