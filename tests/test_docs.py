@@ -86,6 +86,17 @@ def test_specs_in_the_text_parse(name: str) -> None:
         assert spec.parse(written, registry.find_pass)
 
 
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in ("README.md", "docs/conformance.md")])
+def test_measured_numbers_are_those_of_the_readme(name: str) -> None:
+    """So that what is measured anew has one place to be written, and the pages that repeat it are found."""
+    text = PAGES[name].read_text()
+    hidden, tables, fences = r"^<!-- setup.*?^-->$", r"^<!-- \w.*?^<!-- end -->$", r"^```.*?^```$"
+    for beside in (hidden, tables, fences, r"^    .*?$", r"`.*?`", r"arXiv:\S+", r"section \S+"):
+        text = re.sub(beside, "", text, flags=re.DOTALL | re.MULTILINE)
+    numbers = r"(?<![\d.])\d+\.\d+"
+    assert set(re.findall(numbers, text)) <= set(re.findall(numbers, PAGES["README.md"].read_text()))
+
+
 @pytest.mark.slow
 def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
