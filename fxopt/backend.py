@@ -85,8 +85,8 @@ class Executable(abc.ABC):
             PreconditionError: this engine does not tell what takes how long.
         """
         raise PreconditionError(
-            "this engine runs the whole graph at once and cannot time its nodes: compile with backend='torch' to "
-            "profile node by node"
+            "this engine runs the whole graph at once and cannot time its nodes: compile with backend='torch', without "
+            "inductor, to profile node by node"
         )
 
     def nbytes(self) -> int | None:

@@ -95,7 +95,7 @@ def collect(program: Program, records: Sequence[PassRecord]) -> tuple[Layer, ...
             continue
         layer = Layer(node.name, ops.packet(node), source_line(node), "", (), macs, _bytes(node, program))
         tensor = None if holder is None else program.constants.get(str(holder[0].target))
-        if holder is not None and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+        if holder is not None and isinstance(tensor, torch.Tensor) and _is_plain(tensor):
             layer = _with_weight(layer, str(holder[0].target), tensor, holder[1], seen)
         quality, drawn = noise.get(node.name), histograms.get(node.name)
         if quality is not None:
@@ -106,6 +106,12 @@ def collect(program: Program, records: Sequence[PassRecord]) -> tuple[Layer, ...
             layer = dataclasses.replace(layer, weights=_thinned(drawn.weight), inputs=inputs)
         found.append(layer)
     return tuple(found)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its numbers can be counted: not sparse, not complex, not of eight-bit floats, and really there."""
+    known = not tensor.is_floating_point() or tensor.element_size() > 1
+    return known and tensor.layout == torch.strided and not tensor.is_complex() and tensor.device.type != "meta"
 
 
 def _with_weight(layer: Layer, name: str, tensor: torch.Tensor, bits: int | None, seen: dict[str, Any]) -> Layer:

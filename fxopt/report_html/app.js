@@ -17,7 +17,7 @@ async function start() {
   const rows = layerRows(data, graph);
   const graphs = data.snapshots.length ? new Graphs(data, rows) : null;
   const show = (id) => {
-    graphs?.select(id);
+    graphs?.reveal(id);
     document.getElementById("graphs")?.scrollIntoView({ block: "start" });
   };
   const go = (step) => {

@@ -188,6 +188,18 @@ class Graphs {
     if (!this.text.hidden) this.markText();
   }
 
+  /** Select node *id*, at a step at which there is one. */
+  async reveal(id) {
+    if (!this.pair?.after.byId.has(id) && !this.pair?.before.byId.has(id)) {
+      for (let k = this.steps.length - 1; k >= 0; k--) {
+        if (!(await this.graph(k)).byId.has(id)) continue;
+        await this.go(k);
+        break;
+      }
+    }
+    this.select(id);
+  }
+
   visible(view, id) {
     const i = view.graph?.byId.get(id);
     if (i === undefined || !view.placed) return true;

@@ -267,6 +267,22 @@ def test_a_layer_with_a_hostile_name(window: Any, tmp_path: Path) -> None:
     assert window.complaints() == []
 
 
+def test_a_reason_leads_to_the_step_that_has_its_node(window: Any, report: fxopt.report.Report, tmp_path: Path) -> None:
+    assert report.captured is not None
+    fused = next(record.graph for record in report.passes if record.name == "fuse-conv-bn-relu")
+    last = next(record.graph for record in reversed(report.passes) if record.graph is not None)
+    assert fused is not None
+    name = next(iter(set(fused.open().names) - set(last.open().names) - set(report.captured.open().names)), None)
+    name = name or next(iter(set(report.captured.open().names) - set(last.open().names)))
+    record = dataclasses.replace(report.passes[0], skips=(Skip(name, "a reason", "model.py:7"),))
+    one = dataclasses.replace(report, passes=[record, *report.passes[1:]])
+    window.open(one.to_html(tmp_path / "r.html"))
+    window.run("document.querySelector('.reason').open = true; document.querySelector('.reason .link').click()")
+    window.wait(f"return document.querySelector('.detail .mono')?.textContent === '{name}'")
+    assert "model.py:7" in window.run("return document.querySelector('.reason').textContent")
+    assert window.complaints() == []
+
+
 def test_pages_of_runs_alone_and_of_reports_without_graphs(
     window: Any, report: fxopt.report.Report, tmp_path: Path
 ) -> None:

@@ -256,3 +256,11 @@ def test_a_waterfall_needs_this_machine_and_an_engine() -> None:
         fxopt.waterfall(Net().eval(), image(), target="cortex-a76")
     with pytest.raises(fxopt.SpecError):
         fxopt.waterfall(Net().eval(), image(), backend="auto")
+
+
+def test_weights_whose_numbers_cannot_be_counted_are_left_out() -> None:
+    assert layers._is_plain(torch.zeros(2, dtype=torch.bfloat16))
+    for dtype in (torch.float8_e4m3fn, torch.complex64):
+        assert not layers._is_plain(torch.zeros(2, dtype=dtype))
+    assert not layers._is_plain(torch.zeros(2, 2).to_sparse())
+    assert not layers._is_plain(torch.zeros(2, device="meta"))
