@@ -98,7 +98,8 @@ def _text(name: str, texts: dict[str, str]) -> str:
 
 def _plain(text: str) -> str:
     """A docstring's words as Markdown: its code and names as code."""
-    return re.sub(r"(?<![\w*])\*(\w[\w-]*)\*(?![\w*])", r"`\1`", text.replace("``", "`"))
+    text = re.sub(r":\w+:`", "`", text).replace("``", "`")
+    return re.sub(r"(?<![\w*])\*(\w[\w-]*)\*(?![\w*])", r"`\1`", text)
 
 
 def _values(hint: Any) -> str:
