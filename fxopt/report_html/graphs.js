@@ -64,7 +64,9 @@ class Graphs {
         h("div", { class: "hop" }, button("‹", "Previous change", () => this.hop(-1), "p"), this.changes, button("›", "Next change", () => this.hop(1), "n"))),
       h("div", { class: "panes" }, this.left.element, this.right.element),
       h("p", { class: "hint quiet" }, "Drag to move. Click a graph, then the wheel zooms, arrow keys follow the edges, and + − 0 zoom. Marks: ",
-        ["added", "removed", "changed"].map((what) => h("span", { class: `mark ${what}` }, what))),
+        ["added", "removed", "changed"].map((what) => h("span", { class: `mark ${what}` }, what)),
+        h("span", { class: "kinds" }, [["conv", "convolution"], ["linear", "product"], ["norm", "norm"], ["quant", "quantization"], ["other", "other"]]
+          .map(([kind, name]) => h("span", {}, h("i", { class: `stripe ${kind}`, "aria-hidden": "true" }), name)))),
       this.detail,
       tabs("below", [["Layers", this.table.element], ["Text", this.text]], () => this.drawText()));
   }
@@ -239,8 +241,13 @@ class Graphs {
       if (!near[i] && differs) {
         let end = i;
         while (end < merged.length && !near[end]) end++;
+        if (end - i < 4) { // a fold would hide no more than it takes
+          for (; i < end; i++) lines.push(this.textLine(merged[i]));
+          i--;
+          continue;
+        }
         const hidden = merged.slice(i, end);
-        lines.push(h("button", { class: "fold", onclick: (event) => event.currentTarget.replaceWith(...hidden.map((one) => this.textLine(one))) }, `${end - i} ${end - i === 1 ? "line" : "lines"} alike`));
+        lines.push(h("button", { class: "fold", onclick: (event) => event.currentTarget.replaceWith(...hidden.map((one) => this.textLine(one))) }, `${end - i} lines alike`));
         i = end - 1;
       } else lines.push(this.textLine(merged[i]));
       if (lines.length > 4000) {

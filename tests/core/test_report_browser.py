@@ -296,6 +296,24 @@ def test_pages_of_runs_alone_and_of_reports_without_graphs(
     assert window.complaints() == []
 
 
+@pytest.mark.parametrize(
+    ("net", "inputs"),
+    [
+        (nn.Identity(), (torch.randn(2),)),
+        (nn.Flatten(), (torch.randn(2, 3, 4),)),
+        (nn.Bilinear(2, 3, 4), (torch.randn(5, 2), torch.randn(5, 3))),
+        (nn.LSTM(4, 4), (torch.randn(3, 1, 4),)),
+    ],
+)
+def test_the_smallest_and_the_odd(window: Any, tmp_path: Path, net: nn.Module, inputs: Any) -> None:
+    window.open(fxopt.compile(net.eval(), example_inputs=inputs, backend="torch").report.to_html(tmp_path / "r.html"))
+    window.run("document.querySelectorAll('canvas')[1].focus()")
+    window.keys(DOWN, DOWN)
+    window.run("document.querySelector('#below-1').click()")
+    assert window.run("return document.querySelector('.fxir').textContent").count("return") >= 1
+    assert window.complaints() == []
+
+
 def test_layouts_of_awkward_graphs(window: Any, report: fxopt.report.Report, tmp_path: Path) -> None:
     class Dense(nn.Module):  # everything reads everything before it
         def __init__(self) -> None:
