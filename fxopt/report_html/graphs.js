@@ -63,9 +63,9 @@ class Graphs {
         h("label", { for: "step" }, "After pass"), this.slider, this.stepName, this.compare,
         h("div", { class: "hop" }, button("‹", "Previous change", () => this.hop(-1), "p"), this.changes, button("›", "Next change", () => this.hop(1), "n"))),
       h("div", { class: "panes" }, this.left.element, this.right.element),
-      h("p", { class: "hint quiet" }, "Drag to move. Click a graph, then the wheel zooms, arrow keys follow the edges, and + − 0 zoom. Marks: ",
+      h("p", { class: "hint quiet" }, "Drag to move. In a clicked graph the wheel zooms, arrow keys follow edges, + − 0 zoom. ",
         ["added", "removed", "changed"].map((what) => h("span", { class: `mark ${what}` }, what)),
-        h("span", { class: "kinds" }, [["conv", "convolution"], ["linear", "product"], ["norm", "norm"], ["quant", "quantization"], ["other", "other"]]
+        h("span", { class: "kinds" }, [["conv", "convolution"], ["linear", "product"], ["norm", "norm"], ["quant", "quantization"]]
           .map(([kind, name]) => h("span", {}, h("i", { class: `stripe ${kind}`, "aria-hidden": "true" }), name)))),
       this.detail,
       tabs("below", [["Layers", this.table.element], ["Text", this.text]], () => this.drawText()));

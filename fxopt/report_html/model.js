@@ -156,7 +156,7 @@ function difference(before, after) {
 /** The module that a call takes a constant from: "layer1.0.conv1" of @layer1.0.conv1.folded_bias. */
 function moduleOf(node) {
   const found = /@([\w.]+)\.\w+/.exec(node.text);
-  return found ? found[1].replace(/\.folded$/, "") : "";
+  return found ? found[1].replace(/(\.(folded_)?weight(_\w+)?)+$/, "") : "";
 }
 
 /** The node of *to* that stands where node *id* of *from* does: of the same module, else next to what both have. */

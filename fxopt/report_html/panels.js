@@ -90,7 +90,7 @@ function layerRows(data, graph) {
   const known = new Map(data.layers.map((layer) => [`%${layer.node}`, layer])), times = data.profile?.nodes ?? {};
   const rows = [];
   const add = (id, node, layer) => {
-    const path = layer?.weight ? layer.weight.replace(/\.(folded_)?weight(_\w+)?$/, "").replace(/\.(low_rank_\w+)$/, " $1") : node.name;
+    const path = layer?.weight ? layer.weight.replace(/(\.(folded_)?weight(_\w+)?)+$/, "").replace(/\.(low_rank_\w+)$/, " $1") : node.name;
     const source = layer?.source || node.source;
     rows.push({ id, layer: Boolean(layer), name: path, title: `${id} ${layer?.weight ?? ""}`, op: node.op.replace(/^(fxopt|quantized_decomposed)\./, ""), source,
       place: source ? format.place(source).replace(/^.*\//, "") : "", macs: node.macs || null, bytes: layer?.bytes || null, ms: times[node.name] ?? null,

@@ -77,7 +77,7 @@ class GraphView {
   fit() {
     if (!this.placed || !this.graph?.nodes.length) return;
     const { width, height } = this.size(), { left, right, top, bottom } = this.placed;
-    const scale = Math.min(1, Math.max(0.35, (width - 24) / (right - left)));
+    const scale = Math.min(1, Math.max(0.62, (width - 24) / (right - left)));
     const whole = (bottom - top) * scale < height - 24;
     const x = this.placed.x[0]; // the input, where not all fits
     this.camera.x = (right - left) * scale < width ? (left + right) / 2 : x;
