@@ -78,12 +78,12 @@ def _encode_forward(forward: inspect.Signature | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Named(Source):
-    """Where a size comes from: the file. (Dynamo's own kinds take a second to import.)"""
+    """Where a size comes from: the file. Dynamo's own kinds take a second to import."""
 
     word: str
 
     @property
-    def guard_source(self) -> GuardSource:  # type: ignore[override]
+    def guard_source(self) -> GuardSource:
         return GuardSource.CONSTANT
 
     @property
@@ -110,9 +110,7 @@ class Sizes:
             low, high = (_whole(bound) for bound in entry.get("range", (0, UNLIMITED)))
             if "size" in entry:
                 hint = _whole(entry["size"])
-                symbol = self.env.create_symbol(
-                    hint, _Named(name), DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-                )
+                symbol = self.env.create_symbol(hint, _Named(name), DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
                 self.env.var_to_range[symbol] &= ValueRanges(min(low, hint, 2), max(high, hint))
                 self.hints[symbol] = hint
             else:

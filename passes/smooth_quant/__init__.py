@@ -76,8 +76,8 @@ class SmoothQuant(Pass):
             return
         if ctx.calibration is None:
             raise PreconditionError(
-                "static int8, and smooth-quant before it, look at data: pass calibration=, an iterable of input tuples (a "
-                "DataLoader works), or quantize without data by insert-fake-quant{activations=dynamic} or none"
+                "static int8, and smooth-quant before it, look at data: pass calibration=, an iterable of input tuples "
+                "(a DataLoader works), or quantize without data by insert-fake-quant{activations=dynamic} or none"
             )
         profiles = _profiles(rewriter, ctx.batches(self), found)
         few = [seen.rows for seen in profiles.values() if seen.rows < _FEWEST_ROWS]

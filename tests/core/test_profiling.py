@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_the_trace_is_one_that_chrome_reads(tmp_path: Path) -> None:
     trace = json.loads((tmp_path / "trace.json").read_text())
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert len(events) == len(profile.operators)
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in itertools.pairwise(events):
         assert before["ts"] + before["dur"] <= after["ts"] + 1e-2
     assert {"name", "cat", "pid", "tid", "args"} <= events[0].keys()
     with pytest.raises(fxopt.ArtifactError, match="cannot write the trace"):
