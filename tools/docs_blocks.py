@@ -127,7 +127,7 @@ def _place(folder: Path) -> Iterator[dict[str, Any]]:
     from fxopt.notice import LOG
 
     before, path, threads = Path.cwd(), list(sys.path), torch.get_num_threads()
-    environment, handlers = dict(os.environ), list(LOG.handlers)
+    environment, handlers, level = dict(os.environ), list(LOG.handlers), LOG.level
     for name in [name for name in os.environ if name.startswith("FXOPT_")]:
         del os.environ[name]
     os.environ["COLUMNS"] = _COLUMNS
@@ -148,6 +148,7 @@ def _place(folder: Path) -> Iterator[dict[str, Any]]:
         sys.path[:] = path
         torch.set_num_threads(threads)
         LOG.handlers[:] = handlers
+        LOG.setLevel(level)
         for name, one in list(sys.modules.items()):
             if name == _MODULE or str(getattr(one, "__file__", None) or "").startswith(str(folder)):
                 del sys.modules[name]
