@@ -81,8 +81,14 @@ def waterfall(
     Args:
         model: never modified.
         example_inputs: positional example inputs, a tuple (or one tensor), on which everything is measured.
-        target, example_kwargs, dynamic_shapes, passes, calibration, loss, backend_options: as for ``fxopt.compile``.
+        target: as for :func:`fxopt.compile`; so are the others.
+        example_kwargs: keyword inputs.
+        dynamic_shapes: sizes to keep open.
+        passes: what to add to the exact passes.
+        calibration: for passes that look at data.
+        loss: for passes that look at gradients.
         backend: the name of the engine that runs every step.
+        backend_options: of that engine.
 
     Returns:
         A :class:`Waterfall`, which prints; give its ``ms`` to ``report.waterfall`` to see it on the page.
