@@ -2,8 +2,8 @@
 
     model, inputs, passes   ──cut from the end, halves replaced by their values──▶   folder/repro.py, folder/tensors.pt
 
-PyTorch's own minifier proposes the parts. One counts as failing where it fails as the whole does: the same kind of error
-from the same pass or engine.
+PyTorch's own minifier proposes the parts. One counts as failing where it fails as the whole does: the same kind of
+error from the same pass or engine.
 """
 
 from __future__ import annotations
