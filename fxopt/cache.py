@@ -10,6 +10,7 @@ that were not used for longest go first, under a lock, so that several processes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -68,12 +69,20 @@ class Cache:
 
     def files(self) -> list[Path]:
         """What is in it, the latest used last."""
-        found = [(path.stat().st_mtime, path) for path in self.folder.glob("*.fxopt")] if self.folder.is_dir() else []
-        return [path for _, path in sorted(found)]
+        return [path for path, _, _ in self._known()]
 
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files())
+        return sum(size for _, size, _ in self._known())
+
+    def _known(self) -> list[tuple[Path, int, float]]:
+        """Path, bytes and time of each file, the latest used last; another process may remove any at any moment."""
+        found = []
+        for path in self.folder.glob("*.fxopt") if self.folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((path, status.st_size, status.st_mtime))
+        return sorted(found, key=lambda one: (one[2], one[0].name))
 
     def get(self, key: str) -> Variant | None:
         """What was put in under *key*; a file that cannot be read any more goes."""
@@ -82,7 +91,8 @@ class Cache:
             return None
         try:
             found = artifact.load(path, allow_code=True, allow_ops=_AnyLibrary())
-            os.utime(path)
+            with contextlib.suppress(FileNotFoundError):  # somebody else has just made room
+                os.utime(path)
         except FxoptError as error:
             LOG.warning("cache: %s is of no use and goes: %s", path.name, error)
             path.unlink(missing_ok=True)
@@ -112,12 +122,12 @@ class Cache:
 
     def _trim(self) -> None:
         with self._lock():
-            files = self.files()
-            left = sum(path.stat().st_size for path in files)
-            for path in files[:-1]:  # what was just put in stays
+            known = self._known()
+            left = sum(size for _, size, _ in known)
+            for path, size, _ in known[:-1]:  # what was just put in stays
                 if left <= self.most:
                     break
-                left -= path.stat().st_size
+                left -= size
                 path.unlink(missing_ok=True)
 
     def _lock(self) -> FileLock:
