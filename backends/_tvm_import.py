@@ -39,9 +39,12 @@ def from_onnx(model: Any, origins: Mapping[str, str]) -> Any:
         raise UnsupportedOp(f"TVM has no importer for {'; '.join(where)}: use another backend")
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     importer = _Importer(origins)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importer.from_onnx(model.graph, opset)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importer.from_onnx(model.graph, opset)
+    except _Declined as declined:
+        raise UnsupportedOp(str(declined)) from declined.__cause__
 
 
 def _all_origins(graph: Any, origins: Mapping[str, str]) -> dict[str, str]:
@@ -55,6 +58,10 @@ def _all_origins(graph: Any, origins: Mapping[str, str]) -> dict[str, str]:
         if node.name in found:
             readers.update(dict.fromkeys(node.input, found[node.name]))
     return found
+
+
+class _Declined(BaseException):
+    """An operator that TVM does not import as it is here."""
 
 
 class _Importer(ONNXGraphImporter):  # type: ignore[misc]
@@ -82,7 +89,13 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             self._nodes[node.output[0]] = known(made)
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
-        ours = {"Clip": _clip, "Gather": _gather, "MatMulInteger": _matmul_integer, "Shape": _shape}.get(op_name)
+        ours = {
+            "Clip": _clip,
+            "Gather": _gather,
+            "MatMulInteger": _matmul_integer,
+            "Shape": _shape,
+            "Range": _range,
+        }.get(op_name)
         made = ours(self.bb, inputs, attrs) if ours is not None else None
         if made is not None:
             return self.bb.normalize(made)
@@ -92,7 +105,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             name = str(attrs.get("tvm_custom", {}).get("name", op_name))
             reason = str(error).strip().splitlines()
             where = self._origins.get(name, name)
-            raise UnsupportedOp(f"TVM cannot import {op_name} ({where}): {reason[-1] if reason else error}") from error
+            raise _Declined(f"TVM cannot import {op_name} ({where}): {reason[-1] if reason else error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +142,16 @@ def _gather(bb: Any, inputs: Any, attrs: Any) -> Any:
         wrapped = relax.op.add(indices, relax.const(int(size), dtype))
         positions = relax.op.where(relax.op.less(indices, relax.const(0, dtype)), wrapped, indices)
     return relax.op.take(data, bb.normalize(positions), axis, mode="clip")
+
+
+def _range(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """Integers up to a size, as many as the size says; TVM counts them when it runs."""
+    known = [_constant(value) for value in inputs]
+    ends = [
+        int(k.reshape(())) if k is not None and k.dtype == np.int64 else v for k, v in zip(known, inputs, strict=True)
+    ]
+    sizes = all(isinstance(end, int) or tvm.ir.is_prim_expr(end) for end in ends)
+    return relax.op.arange(*ends, dtype="int64") if sizes and not all(isinstance(end, int) for end in ends) else None
 
 
 def _shape(bb: Any, inputs: Any, attrs: Any) -> Any:

@@ -61,6 +61,8 @@ class _ChannelsLast(PyExprMutator):  # type: ignore[misc]
                 self._restore(binding.var, output=self.builder_.current_block_is_dataflow())
             return
         plain = self._plain(value) if isinstance(binding.var, relax.DataflowVar) else None
+        if plain is None and isinstance(value, Call) and isinstance(binding.var, relax.DataflowVar):
+            plain = self._conv1d(value)
         if plain is not None:
             self.set_var_remap(binding.var, plain if isinstance(plain, relax.Var) else self.builder_.emit(plain))
             return
@@ -119,6 +121,22 @@ class _ChannelsLast(PyExprMutator):  # type: ignore[misc]
         sizes = list(x.ty.shape)[1:3]
         single = all(isinstance(size, tirx.IntImm) and int(size) == 1 for size in sizes)
         return relax.op.reshape(x, value.args[1]) if single else None
+
+    def _conv1d(self, call: Any) -> Any | None:
+        """A convolution of sequences as one of images of a single row; None for any other call."""
+        attrs = call.attrs
+        if str(getattr(call.op, "name", "")) != "relax.nn.conv1d" or not _is_constant(call.args[1]):
+            return None
+        if attrs.data_layout != "NCW" or attrs.kernel_layout != "OIW":
+            return None
+        emit, x, weights = self.builder_.emit, self.visit_expr(call.args[0]), call.args[1].value.numpy()
+        image = emit(relax.op.expand_dims(emit(relax.op.permute_dims(x, [0, 2, 1])), [1]))
+        left, right = (int(p) for p in attrs.padding)
+        y = relax.op.nn.conv2d(
+            image, relax.const(weights[:, :, None], str(weights.dtype)), [1, *attrs.strides], [0, left, 0, right],
+            [1, *attrs.dilation], attrs.groups, "NHWC", "OIHW", "NHWC",
+        )  # fmt: skip
+        return relax.op.permute_dims(emit(relax.op.squeeze(emit(y), [1])), [0, 2, 1])
 
     def _value(self, argument: Any, *, transpose: bool = False) -> Any:
         """*argument* in channels-last layout, of which there is one unless *transpose*."""

@@ -24,6 +24,7 @@ def _passes() -> list[Any]:
         s_tir.transform.CompactBufferAllocation(),
         s_tir.transform.LowerMatchBuffer(),
         s_tir.transform.LowerOpaqueBlock(),
+        s_tir.transform.StmtSimplify(),  # else FlattenBuffer folds indices inside of conditions to wrong ones
         tirx.transform.FlattenBuffer(),
         tirx.transform.BF16ComputeLegalize(),
         tirx.transform.NarrowDataType(32),

@@ -268,3 +268,15 @@ def test_a_library_for_another_machine_needs_its_linker(tmp_path: Path, monkeypa
     with pytest.raises(fxopt.ArtifactError, match=r"aarch64-linux-gnu-g\+\+.*\.tar"):
         compiled.save(tmp_path / "model.so")
     assert not (tmp_path / "model.so").exists()
+
+
+class ShiftedWindows(nn.Module):
+    """What Swin does around its attention: windows put together, rolled back, added to what came in."""
+
+    def forward(self, windows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        image = windows.view(1, 2, 2, 4, 4, 64).transpose(2, 3).reshape(1, 8, 8, 64)
+        return x + image.roll((2, 2), (1, 2)).view(1, 64, 64)
+
+
+def test_indices_inside_of_conditions() -> None:
+    check(ShiftedWindows(), torch.randn(4, 16, 64), torch.randn(1, 64, 64))
