@@ -124,6 +124,7 @@ def test_dynamic_batch(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(executable([x])[0], model(x)["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dynamic_sequence_of_a_transformer() -> None:
     model, (tokens,) = models.load("bert")
     shapes = {"input_ids": {0: "batch", 1: torch.export.Dim("tokens", max=512)}}

@@ -97,6 +97,7 @@ def compiled(model: nn.Module, x: torch.Tensor, options: str = "", **more: Any) 
     return fxopt.compile(model.eval(), example_inputs=(x,), passes=spec, calibration=data, backend="tvm", **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "activations=dynamic", "activations=none", "scheme=onnxruntime"])
 @pytest.mark.parametrize("model", [Cnn, Block])
 def test_models_stay_close_to_float(model: type[nn.Module], options: str) -> None:

@@ -124,6 +124,7 @@ def test_the_environment_and_wrong_arguments(tmp_path: Path, monkeypatch: pytest
         fxopt.compile(one, example_inputs=(X,), cache=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     code = """
         import sys, torch, fxopt

@@ -315,7 +315,13 @@ def test_quantization_models_of_torch(name: str) -> None:
     pair(*model.get_example_inputs())
 
 
-@pytest.mark.parametrize("name", models.transformers_names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(one, marks=() if one in ("gpt2", "llama") else pytest.mark.slow)
+        for one in models.transformers_names()
+    ],
+)
 def test_transformers(name: str) -> None:
     model, inputs = models.load(name, small=True)
     compiled = torch.compile(model, backend="fxopt")

@@ -68,6 +68,7 @@ def test_the_smallest_part_is_a_script_that_fails_alike(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr  # fxopt's own backend takes it: the failure was NoSoftplus's
 
 
+@pytest.mark.slow
 def test_a_script_fails_by_itself(tmp_path: Path) -> None:
     class Net(Deep):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
