@@ -4,9 +4,9 @@
     ~/.cache/fxopt/arm/sysroot   from Debian, for aarch64: Python 3.11 and its libraries
     ~/.cache/fxopt/arm/site      from PyPI, for aarch64: numpy, onnxruntime, TVM, in the versions installed here
 
-Nothing is installed into this machine, and root is not needed: apt-get resolves and downloads packages with a state
-folder of its own, dpkg-deb unpacks them. Models compute there what they would compute on an ARM processor; how long
-they take says nothing about one.
+Nothing is installed into this machine, and root is not needed: apt-get resolves and downloads packages from where this
+machine has its own (Debian 12), with a state folder apart, and dpkg-deb unpacks them. Models compute there what they
+would compute on an ARM processor; how long they take says nothing about one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,6 @@ from pathlib import Path
 
 TRIPLE = "aarch64-linux-gnu"
 
-_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-_SOURCES = f"""
-deb [signed-by={_KEYRING}] http://deb.debian.org/debian bookworm main
-deb [signed-by={_KEYRING}] http://deb.debian.org/debian bookworm-updates main
-deb [signed-by={_KEYRING}] http://deb.debian.org/debian-security bookworm-security main
-"""
 _HOST = ("qemu-user-static", f"gcc-{TRIPLE}", f"binutils-{TRIPLE}", "libc6-dev-arm64-cross")
 _GUEST = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6")
 _ALWAYS, _WITH_TVM = ("numpy", "onnxruntime"), ("apache-tvm", "apache-tvm-ffi", "ml_dtypes", "typing_extensions")
@@ -148,8 +142,6 @@ def _check_host() -> None:
     missing = [name for name in ("apt-get", "dpkg-deb") if shutil.which(name) is None]
     if missing:
         raise CannotSetUp(f"it takes packages from Debian with apt-get and dpkg-deb, and there is no {missing[0]} here")
-    if not Path(_KEYRING).exists():
-        raise CannotSetUp(f"Debian's packages are checked with {_KEYRING}: install debian-archive-keyring")
 
 
 def _set_up(root: Path, wanted: Mapping[str, str]) -> None:
@@ -177,12 +169,10 @@ def _unpack(architecture: str, packages: Sequence[str], target: Path) -> None:
     for folder in ("state/lists/partial", "cache/archives/partial"):
         (apt / folder).mkdir(parents=True)
     (apt / "state/status").touch()  # nothing is installed: all dependencies are wanted
-    (apt / "sources.list").write_text(_SOURCES)
     user = 'APT::Sandbox::User "root";\n' if os.geteuid() == 0 else ""
     (apt / "apt.conf").write_text(
         f'{user}APT::Architecture "{architecture}";\nAPT::Architectures {{ "{architecture}"; }};\n'
         f'Dir::State "{apt}/state";\nDir::State::status "{apt}/state/status";\nDir::Cache "{apt}/cache";\n'
-        f'Dir::Etc::sourcelist "{apt}/sources.list";\nDir::Etc::sourceparts "/dev/null";\n'
     )
     settings = {"APT_CONFIG": str(apt / "apt.conf")}
     _run(["apt-get", "-qq", "update"], settings)
