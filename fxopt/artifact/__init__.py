@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def load(path: str | os.PathLike[str], *, allow_code: bool = False, allow_ops: C
             return _load(container, allow_code=allow_code, allow_ops=allow_ops)
     except FxoptError:
         raise
-    except (Exception, zlib.error) as error:
+    except Exception as error:
         text = str(error).strip().splitlines()[:1] or [""]
         raise ArtifactError(f"{path} holds no sound model: {type(error).__name__}: {text[0]:.200}") from error
 

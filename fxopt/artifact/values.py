@@ -25,7 +25,7 @@ _DEVICES = ("cpu", "cuda", "meta")
 _SIZES: dict[str, Callable[..., Any]] = {
     "Add": sympy.Add, "Mul": sympy.Mul, "Pow": sympy.Pow, "Max": sizes.Max, "Min": sizes.Min,
     "Mod": sizes.Mod, "PythonMod": sizes.PythonMod, "FloorDiv": sizes.FloorDiv, "CleanDiv": sizes.CleanDiv,
-    "CeilDiv": sizes.CeilToInt, "CeilToInt": sizes.CeilToInt, "FloorToInt": sizes.FloorToInt,
+    "CeilToInt": sizes.CeilToInt, "FloorToInt": sizes.FloorToInt,
     "TruncToInt": sizes.TruncToInt, "IntTrueDiv": sizes.IntTrueDiv, "PowByNatural": sizes.PowByNatural,
     "ModularIndexing": sizes.ModularIndexing,
 }  # fmt: skip
