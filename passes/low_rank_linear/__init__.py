@@ -33,7 +33,7 @@ from fxopt.rewriter import Rewriter
 
 __all__ = ["Directions", "LayerRank", "LowRankLinear", "decompose"]
 
-_MOMENTS = 8  # one part of so many of the bytes of the model may go into second moments at once
+_MOMENTS = 16  # one part of so many of the bytes of the model may go into second moments at once
 
 
 @dataclasses.dataclass(frozen=True)
