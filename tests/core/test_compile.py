@@ -180,9 +180,8 @@ def test_auto_passes_over_engines_that_fail(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.backend == "torch"
     assert "does not compute what the graph does" in str(result.report.candidates["wrong"])
     assert result.report.candidates["refuses"] == "relu is beyond me"
-    shown = str(result.report)
-    assert "relu is beyond me" in shown
-    assert "torch" in shown
+    shown = " ".join(str(result.report).split())  # where its lines break follows from the length of a path in it
+    assert "refuses: relu is beyond me" in shown
 
 
 # --- calls
