@@ -5,14 +5,16 @@
 Dynamo lifts everything that a graph reads to an input. What an input is here, by its role:
 
 - a **weight** (parameter or buffer of a module) becomes a constant, where the graph does not write to it. A call looks
-  whether it is still the same tensor in the same version, and builds anew where it is not. (What is written through
-  ``weight.data`` in place has no version: write under ``torch.no_grad()`` instead.)
+  whether it is still the same tensor in the same version with the same numbers in a few places, and builds anew where
+  it is not. (Writes that have no version, such as those of fused optimizers or through ``weight.data``, show in the
+  numbers alone: see :mod:`fxopt.dynamo_weights`.)
 - a **size** is read from the tensor that has it; a **number** (an int or float that is open) is taken as it is, and
   another value is another build.
 - the rest are **inputs**, and dimensions that Dynamo keeps open stay open.
 
-With gradients the graph runs through AOTAutograd as it is, and says so once. A graph that cannot be captured or that no
-engine takes runs as it is, with the reason in a warning.
+An output that lies in the memory of an input, a weight or another output does so for the caller too, who may write to
+it after a graph break. With gradients the graph runs through AOTAutograd as it is, and says so once. A graph that
+cannot be captured or that no engine takes runs as it is, with the reason in a warning.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from torch import fx
 
 from fxopt.compiled import CompiledModel
 from fxopt.compiler import Plan
-from fxopt.dynamo_graph import Roles, bind, number, open_dims
-from fxopt.errors import BackendUnavailable, CaptureError, InputError, SpecError, UnsupportedOp, near_miss
+from fxopt.dynamo_alias import Alias, aliases
+from fxopt.dynamo_graph import Roles, bind, no_autocast, number, open_dims
+from fxopt.dynamo_weights import Kept
+from fxopt.errors import BackendUnavailable, CaptureError, InputError, PassError, SpecError, UnsupportedOp, near_miss
 from fxopt.notice import cache_folder, warn
 
 _OPTIONS = ("target", "passes", "backend", "backend_options", "calibration", "verify", "dump", "cache")
@@ -67,7 +71,7 @@ def backend(
         if name not in _OPTIONS:
             raise SpecError(f"backend 'fxopt' has no option {name!r}.{near_miss(name, _OPTIONS)}")
     wants_grad = any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
-    if torch.is_grad_enabled() and wants_grad:
+    if wants_grad and (torch.is_grad_enabled() or _enables_grad(graph)):
         from torch._dynamo.backends.debugging import aot_eager
 
         _say_once(
@@ -76,12 +80,17 @@ def backend(
         )
         run: Callable[..., Any] = aot_eager(graph, list(example_inputs))
         return run
-    return Graph(graph, example_inputs, {"backend": "torch", **given})
+    with torch._guards.tracing(None):  # torch.export would add its guards to those of Dynamo's graph
+        return Graph(graph, example_inputs, {"backend": "torch", **given})
 
 
 def compiled_models() -> list[CompiledModel]:
     """The models that were compiled for Dynamo and are still in use, the latest last: for their reports and graphs."""
     return [model for ref in _recent if (model := ref()) is not None]
+
+
+def _enables_grad(graph: fx.GraphModule) -> bool:
+    return any(node.args == (True,) for node in graph.graph.nodes if node.target is torch._C._set_grad_enabled)
 
 
 @functools.cache
@@ -108,7 +117,8 @@ class Graph:
         self._open = [open_dims(node) for node in self._holders]
         self._roles = Roles.of(self._holders, examples)
         self._builds, self._known = 0, dict[tuple[Any, ...], list[CompiledModel]]()
-        self._weights: list[tuple[int, torch.Tensor, int, int]] = []
+        self._weights: list[Kept] = []
+        self._aliases: list[Alias] = aliases(graph.graph)
         self._plain = False
         concrete = [x.node.hint if isinstance(x, torch.SymInt) else x for x in examples]
         self._build(concrete)
@@ -117,20 +127,35 @@ class Graph:
         """The graph's outputs, a tuple or list as the graph has them."""
         if self._plain:
             return self.graph(*args)
-        for i, weight, version, place in self._weights:
-            if args[i] is not weight or weight._version != version or weight.data_ptr() != place:
+        for weight in self._weights:
+            if weight.changed(args):
                 return self._anew(args)
         roles = self._roles
         numbers = tuple([number(args[i]) for i in roles.numbers]) if roles.numbers else ()
         inputs = [args[i] for i in roles.inputs]
         for model in self._known.get(numbers, ()):
             try:
-                return model(*inputs)
+                return self._answer(model, inputs, args)
             except InputError:  # it was captured for other sizes
                 continue
         with self._lock:
             self._build(args)
-            return self.graph(*args) if self.model is None else self.model(*inputs)
+            if self.model is not None:
+                try:
+                    return self._answer(self.model, inputs, args)
+                except InputError as error:  # one that no build answers: inputs that share memory, and are written to
+                    self._give_up(str(error))
+            return self.graph(*args)
+
+    def _answer(self, model: CompiledModel, inputs: Sequence[Any], args: Sequence[Any]) -> Any:
+        """The outputs, in the memory that they share with others."""
+        outputs = model(*inputs)
+        if self._aliases:
+            shared = list(outputs)
+            for alias in self._aliases:
+                shared[alias.output] = alias.of(args, shared)
+            return type(outputs)(shared)
+        return outputs
 
     def _anew(self, args: Sequence[Any]) -> Any:
         """Build again: a weight is another one, or was written to."""
@@ -148,6 +173,11 @@ class Graph:
         try:
             model = self._compiled(args)
         except (CaptureError, UnsupportedOp, BackendUnavailable) as error:
+            self._give_up(str(error))
+            return
+        except PassError as error:
+            if self._options.get("passes") is not None:  # they may be wrong for this model
+                raise
             self._give_up(str(error))
             return
         self.model = model
@@ -170,13 +200,19 @@ class Graph:
             fresh = not self._known
             shapes = tuple(self._open[i] for i in self._roles.inputs) if fresh else None
             plan = Plan.check(module, **self._options, shapes=shapes if any(shapes or ()) else None)
-            with torch.no_grad():
-                variant = dataclasses.replace(plan, timed=False, cache=self._cache).build(inputs, {})
+            plan = dataclasses.replace(plan, timed=False, cache=self._cache)
+            try:
+                with torch.no_grad(), no_autocast():
+                    variant = plan.build(inputs, {})
+            except InputError as error:
+                if plan.calibration is not None:  # it may be that which is wrong
+                    raise
+                raise CaptureError(str(error)) from error
             model = CompiledModel(plan.target, variant=variant)
             written = {names[str(back.constant)] for back in _writebacks(model) if back.constant is not None}
             unsafe = written | {i for i in self._roles.weights if args[i].is_inference()}  # those have no version
             if not unsafe:
-                self._weights = [(i, args[i], args[i]._version, args[i].data_ptr()) for i in self._roles.weights]
+                self._weights = [Kept.of(i, args[i]) for i in self._roles.weights]
                 return model
             weights = tuple(i for i in self._roles.weights if i not in unsafe)
             self._roles = dataclasses.replace(

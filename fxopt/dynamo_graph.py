@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,11 +109,12 @@ def _traced(
         weights: names and values of some of these.
         arguments: names of the others.
     """
+    casts = _autocasts()
 
     def forward(self: Any, *args: Any) -> Any:
         given = iter(args)
         values = [self.get_parameter_or_buffer(weights[i][0]) if i in weights else next(given) for i in order]
-        with fx.traceback.preserve_node_meta():
+        with fx.traceback.preserve_node_meta(), _cast(casts, True):
             return fx.Interpreter(graph).run(*values)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -132,6 +134,24 @@ def _traced(
         else:
             place.register_buffer(last, value)
     return made
+
+
+def _autocasts() -> list[tuple[str, torch.dtype]]:
+    """The kinds of devices for which ``torch.autocast`` is on, and its dtypes."""
+    return [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+
+@contextlib.contextmanager
+def _cast(casts: Sequence[tuple[str, torch.dtype]], enabled: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind, dtype in casts:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
+
+
+def no_autocast() -> contextlib.AbstractContextManager[None]:
+    """``torch.autocast`` off, so that passes and checks compute in the dtypes of the graph."""
+    return _cast(_autocasts(), False)
 
 
 class _Holder(nn.Module):

@@ -90,6 +90,9 @@ def test_weights_are_constants_and_lines_are_the_users() -> None:
         lambda m: m.norm.running_mean.add_(1),
         lambda m: setattr(m.first, "weight", nn.Parameter(torch.ones(8, 4))),
         lambda m: setattr(m.last.bias, "data", torch.ones(3)),
+        lambda m: m.first.weight.data.mul_(2),
+        lambda m: m.first.weight.data.copy_(torch.ones(8, 4)),
+        lambda m: m.last.bias.detach().numpy().fill(3),
         lambda m: m.load_state_dict({k: v * 3 for k, v in m.state_dict().items()}),
         lambda m: m.load_state_dict({k: v * 3 for k, v in m.state_dict().items()}, assign=True),
     ],
@@ -102,14 +105,15 @@ def test_a_changed_weight_is_noticed(change: Callable[[Any], object]) -> None:
     pair(x)
 
 
-def test_training_between_calls() -> None:
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}])
+def test_training_between_calls(how: dict[str, bool]) -> None:
     pair, x = Pair(Net()), torch.randn(5, 4)
     for step in range(3):
         pair(x)
         for one in (pair.model, pair.twin):
             torch.manual_seed(step)
             one.train()
-            optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+            optimizer = torch.optim.SGD(one.parameters(), lr=0.1, **how)
             one(x).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -193,6 +197,101 @@ def test_graph_breaks_hooks_keywords_and_outputs() -> None:
     pair(torch.randn(2, 4), flag=True)
     pair(torch.randn(2, 4))
     assert len(dynamo.compiled_models()) >= before + 2
+
+
+def test_sizes_of_torchs_own_modules() -> None:
+    pair = Pair(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Flatten(), nn.LazyLinear(2)))
+    pair.model(torch.randn(1, 4, 9))
+    pair.twin.load_state_dict(pair.model.state_dict())
+    for rows in (3, 5, 1, 0, 7):
+        pair(torch.randn(rows, 4, 9))
+    single = Pair(nn.Linear(4, 4))
+    for rows in (3, 5, 7):
+        single(torch.randn(rows, 4))
+    x = torch.randn(5, 4)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    Pair(nn.Linear(4, 4), fullgraph=True)(x)
+
+
+class Views(nn.Module):
+    """What one graph gives out, the next one writes to."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        made = x * 2
+        view = {
+            "row": lambda: x[0].zero_(),
+            "whole": lambda: x.view(-1),
+            "columns": lambda: x.t()[1:],
+            "weight": lambda: self.weight.view(2, 3),
+            "made": lambda: made.view(-1)[2:],
+        }[self.kind]()
+        torch._dynamo.graph_break()
+        view.add_(1)
+        return x + 1, made + 1, self.weight + x.sum()
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+@pytest.mark.parametrize("kind", ["row", "whole", "columns", "weight", "made"])
+def test_views_share_memory_with_what_they_are_views_of(kind: str, backend: str) -> None:
+    pair = Pair(Views(kind), options={"backend": backend})
+    for columns in (3, 3, 4, 5):
+        a, b = torch.ones(3, columns), torch.ones(3, columns)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert same(pair.compiled(a), pair.model(b))
+        assert same(a, b)
+
+
+def test_autocast_around_and_inside() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not torch.is_autocast_enabled("cpu")):
+                inside = self.first(x)
+            return inside, self.last(x)
+
+    model, x = Casts().eval(), torch.randn(2, 4)
+    compiled = torch.compile(model, backend="fxopt")
+    for around in (False, True, False):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            for got, wanted in zip(compiled(x), model(x), strict=True):
+                assert got.dtype == wanted.dtype
+                assert torch.allclose(got.float(), wanted.float(), atol=2e-2)
+
+
+def test_gradients_that_the_model_turns_on() -> None:
+    class On(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return super().forward(x)
+
+    model, x = On(4, 4), torch.randn(2, 4)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.compile(model, backend="fxopt")(x).requires_grad
+
+
+def test_what_no_pass_can_take_runs_as_it_is() -> None:
+    model, x = Net().eval(), torch.randn(3, 4)
+    mapped = torch.compile(lambda x: torch.vmap(lambda row: model(row[None])[0])(x), backend="fxopt")
+    with torch.no_grad(), pytest.warns(UserWarning, match="runs as it is, not compiled: pass "):
+        assert same(mapped(x), model(x))
+    empty = torch.compile(Net().eval().to("meta"), backend="fxopt")
+    with torch.no_grad(), pytest.warns(UserWarning, match="runs as it is, not compiled: .* is on the meta device"):
+        assert empty(x.to("meta")).shape == (3, 3)
+
+
+def test_calibration_that_does_not_fit_is_an_error() -> None:
+    options: dict[str, Any] = {"passes": "insert-fake-quant", "calibration": [(torch.zeros(2, 9),)]}
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="calibration"):
+        torch.compile(Net().eval(), backend="fxopt", options=options)(torch.randn(2, 4))
 
 
 def test_inference_mode() -> None:
