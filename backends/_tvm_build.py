@@ -29,40 +29,48 @@ from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._tvm_import import from_onnx
 from fxopt.backends._tvm_packing import array
 from fxopt.backends._tvm_target import Machine
+from fxopt.backends._tvm_workloads import Tiles
 from fxopt.errors import ArtifactError
 
 _ALIGNMENT = 64  # bytes; what the compiled code expects of a tensor's address
+ONE_AT_A_TIME = threading.RLock()  # for what uses relax.BlockBuilder: it keeps a stack that all threads share
 _of_thread = threading.local()
 
 
-def build(file: OnnxFile, machine: Machine) -> Built:
-    """Compile *file* for *machine*.
+def build(file: OnnxFile, machine: Machine, tiles: Tiles) -> Built:
+    """Compile *file* for *machine*, its kernels of the sizes that *tiles* chooses.
 
     Raises:
         UnsupportedOp: TVM does not import one of its operators.
     """
     target = tvm.target.Target(machine.llvm)
     with target:
-        module, weights = _prepared(file, machine)
+        module, weights = prepare(file, machine, tiles)
         library = relax.build(module, target, relax_pipeline=_tvm_graph.lower(), tir_pipeline=_tvm_pipeline.NAME)
-    return Built(library, weights, machine)
+    return Built(library, weights, machine, tiles)
 
 
-def rebuild(file: OnnxFile, machine: Machine, library: Path) -> Built:
+def rebuild(file: OnnxFile, machine: Machine, tiles: Tiles, library: Path) -> Built:
     """What :func:`build` made, from the *library* that was linked of it: nothing is compiled again.
 
-    The weights are packed again; with the same :func:`versions` they come in the same order.
+    The weights are packed again; with the same *tiles* and :func:`versions` they come in the same order.
     """
     with tvm.target.Target(machine.llvm):
-        _, weights = _prepared(file, machine)
-    return Built(tvm.runtime.load_module(str(library)), weights, machine, library)
+        _, weights = prepare(file, machine, tiles)
+    return Built(tvm.runtime.load_module(str(library)), weights, machine, tiles, library)
 
 
-def _prepared(file: OnnxFile, machine: Machine) -> tuple[Any, list[Any]]:
+def prepare(file: OnnxFile, machine: Machine, tiles: Tiles) -> tuple[Any, list[Any]]:
+    """The Relax module of *file* with loops of ours, and its parameters; within the target of *machine*.
+
+    Raises:
+        UnsupportedOp: TVM does not import one of its operators.
+    """
     import onnx
 
-    module = from_onnx(onnx.load(file.path), file.origins)
-    prepared: tuple[Any, list[Any]] = _tvm_graph.lift_weights(_tvm_graph.optimize(module, machine))
+    with ONE_AT_A_TIME:
+        module = from_onnx(onnx.load(file.path), file.origins)
+        prepared: tuple[Any, list[Any]] = _tvm_graph.lift_weights(_tvm_graph.optimize(module, machine, tiles))
     return prepared
 
 
@@ -81,11 +89,15 @@ class Built:
         library: the executable of TVM's virtual machine; its function main takes inputs, then parameters.
         weights: the parameters in order.
         machine: what it was compiled for.
+        tiles: of its kernels that were tuned, by the names of workloads.
         linked: the file that the library was loaded from.
     """
 
-    def __init__(self, library: Any, weights: Sequence[Any], machine: Machine, linked: Path | None = None) -> None:
+    def __init__(
+        self, library: Any, weights: Sequence[Any], machine: Machine, tiles: Tiles, linked: Path | None = None
+    ) -> None:
         self.library, self.weights, self.machine, self.linked = library, list(weights), machine, linked
+        self.tiles = tiles.used()
         self._idle: list[Any] = []  # virtual machines; append and pop are atomic
 
     def link(self, path: Path) -> None:
@@ -99,18 +111,18 @@ class Built:
                 raise ArtifactError(f"this model was loaded with its code linked, as {self.linked.suffix}: save it so")
             shutil.copyfile(self.linked, path)
             return
-        linker = None if path.suffix == ".tar" else _linker(self.machine)
+        compiler = None if path.suffix == ".tar" else linker(self.machine)
         try:
-            if linker is None:
+            if compiler is None:
                 self.library.export_library(str(path))
             else:
-                self.library.export_library(str(path), fcompile=tvm.support.cc.create_shared, cc=linker)
+                self.library.export_library(str(path), fcompile=tvm.support.cc.create_shared, cc=compiler)
         except (OSError, RuntimeError) as error:
             raise ArtifactError(f"cannot link {path}: {str(error).strip().splitlines()[-1]}") from error
 
     def run(self, inputs: Sequence[torch.Tensor], threads: int) -> list[torch.Tensor]:
         """The outputs, in memory of their own, computed with *threads* threads."""
-        _use_threads(threads)
+        use_threads(threads)
         try:
             main = self._idle.pop()
         except IndexError:
@@ -151,7 +163,7 @@ class Built:
         return sum(array(weight).nbytes for weight in self.weights)
 
 
-def _linker(machine: Machine) -> str:
+def linker(machine: Machine) -> str:
     """The C++ compiler that links for *machine*.
 
     Raises:
@@ -174,7 +186,7 @@ def _tensor(x: torch.Tensor) -> Any:
     return tvm.runtime.from_dlpack(x)
 
 
-def _use_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
     """Let parallel loops that this thread starts run on *threads* threads."""
     if getattr(_of_thread, "threads", None) != threads:
         tvm.get_global_func("runtime.config_threadpool")(-1, threads)

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from tvm import relax, te, tirx, topi
 
-from fxopt.backends import _tvm_kernels
-from fxopt.backends._tvm_kernels import Tile
+from fxopt.backends._tvm_loops import static
 from fxopt.backends._tvm_packing import GROUP, annotation, number, pack, pack_bytes, packed_at
 from fxopt.backends._tvm_target import Machine
+from fxopt.backends._tvm_tiles import Space
+from fxopt.backends._tvm_workloads import Tiles, Workload
 
 FUSED_AFTER = 4  # kOutEWiseFusable: what follows elementwise may join
 _EXACT = 2**24 // (255 * 127)  # products of bytes whose sum float32 holds exactly
@@ -30,10 +31,11 @@ class Conv:
 
     def __init__(
         self, x: Any, weights: np.ndarray[Any, Any], strides: Sequence[int], padding: Sequence[int],
-        dilation: Sequence[int], groups: int, machine: Machine,
+        dilation: Sequence[int], groups: int, machine: Machine, tiles: Tiles,
     ) -> None:  # fmt: skip
         self.x, self.weights, self.machine = x, weights, machine
         self.strides, self.padding, self.dilation, self.groups = strides, list(padding), dilation, groups
+        self.workload = self._workload()
         self.outputs, self.inputs, self.kh, self.kw = weights.shape
         height, width = (int(s) for s in list(x.ty.shape)[1:3])
         top, left, bottom, right = self.padding
@@ -51,7 +53,7 @@ class Conv:
         if self.dot and self.run % GROUP:
             self.flat = False
             self.padding[3] += -(-(GROUP - 1) // int(x.ty.shape[3]))
-        self.tile = self._tile()
+        self.tile = tiles.of(self.workload, self._space())
 
     def emit(self, bb: Any) -> Any:
         """The convolution as a call of its stages; int32 for bytes."""
@@ -63,21 +65,30 @@ class Conv:
         attrs = {"op_pattern": FUSED_AFTER}
         return bb.call_te(self._stages, *operands, primfunc_name_hint=name, primfunc_attrs=attrs)
 
-    def _tile(self) -> Tile:
-        machine = self.machine
+    def _workload(self) -> Workload:
+        sizes = {
+            "x": tuple(static(size) for size in self.x.ty.shape),
+            "weights": self.weights.shape,
+            "strides": tuple(self.strides),
+            "padding": tuple(self.padding),
+            "dilation": tuple(self.dilation),
+            "groups": (self.groups,),
+        }
+        return Workload("conv2d", str(self.weights.dtype), tuple(sizes.items()))
+
+    def _space(self) -> Space:
+        lanes, registers = self.machine.lanes, self.machine.registers
         if self.lanewise:
-            return Tile(machine.lanes, 1, min(self.width, machine.registers // 2 - 2))
-        columns, lanes = self.outputs // self.groups, machine.lanes
+            return Space(self.width, self.outputs, lanes, registers, lanewise=True)
+        columns = self.outputs // self.groups
         rows = self.height * self.width if self.flat else self.width
         if self.groups == 1:
-            return _tvm_kernels.choose(rows, columns, lanes, machine.registers)
-        while columns % lanes:  # a block of columns must not reach into the next group
+            return Space(rows, columns, lanes, registers)
+        while columns % lanes:
             lanes //= 2
         if lanes < 4:  # no machine has dot products of fewer lanes
             self.dot = ""
-        tile = _tvm_kernels.choose(rows, columns, lanes, machine.registers)
-        vectors = max(v for v in range(1, tile.vectors + 1) if columns % (v * lanes) == 0)
-        return Tile(lanes, vectors, tile.rows)
+        return Space(rows, columns, lanes, registers, divides=True)
 
     def _packed(self) -> np.ndarray[Any, Any]:
         rows = self.weights.transpose(2, 3, 1, 0)  # [KH, KW, I, O]

@@ -16,7 +16,7 @@ from tvm import tirx
 
 from fxopt.backends._tvm_expressions import loads
 from fxopt.backends._tvm_kernels import Kernel
-from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, index, loop, product, static
+from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, index, product, static
 from fxopt.backends._tvm_lowering import Point
 from fxopt.backends._tvm_packing import GROUP
 
@@ -27,13 +27,7 @@ class DotKernel(Kernel):
     def _reduce(self, step: Any) -> list[Stmt]:
         *outer, run = self.stage.reduced_extents
         groups = -(-(static(run) or 0) // GROUP)
-
-        def nest(left: Sequence[Expr], at: list[Expr]) -> list[Stmt]:
-            if not left:
-                return [loop(groups, lambda k: step([*at, k]), name="k")]
-            return [loop(left[0], lambda k: nest(left[1:], [*at, k]), name="k")]
-
-        return nest(outer, [])
+        return self._nest([*outer, index(groups)], [], step)
 
     def _step(
         self, acc: Sequence[Sequence[Buffer]], at: Sequence[Sequence[Expr]], start: Expr,

@@ -19,19 +19,20 @@ from fxopt.backends._tvm_operators import operators
 from fxopt.backends._tvm_packing import array, constant
 from fxopt.backends._tvm_schedule import schedule
 from fxopt.backends._tvm_target import Machine
+from fxopt.backends._tvm_workloads import Tiles
 
 EMBEDDED = 64  # numbers; constants up to here stay in the code
 
 
-def optimize(module: Any, machine: Machine) -> Any:
-    """The imported *module* in the form that is compiled."""
+def optimize(module: Any, machine: Machine, tiles: Tiles) -> Any:
+    """The imported *module* in the form that is compiled, its kernels of the sizes that *tiles* chooses."""
     module = channels_last(relax.transform.DeadCodeElimination()(fold(module)))
     module = integers(fold(relax.transform.CanonicalizeBindings()(module)))
     module = _each_function(module, {**_EVALUATE, "relax.dequantize": (3, _dequantize)})  # what is not multiplied so
     passes = [
         relax.transform.CanonicalizeBindings(),  # constants to where they are read
         relax.backend.DispatchSortScan(),
-        relax.transform.LegalizeOps({**operators(machine), "relax.quantize": quantize}),
+        relax.transform.LegalizeOps({**operators(machine, tiles), "relax.quantize": quantize}),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.DeadCodeElimination(),
         relax.transform.FuseOps(),

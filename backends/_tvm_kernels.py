@@ -12,7 +12,6 @@ block as narrow as it is, rounded up to vectors. LLVM turns the product into fus
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -42,28 +41,9 @@ from fxopt.backends._tvm_loops import (
 )
 from fxopt.backends._tvm_lowering import Lowering, Point, finish
 from fxopt.backends._tvm_stages import Stage
+from fxopt.backends._tvm_tiles import Tile
 
 _SMALL_WEIGHTS = 1 << 18  # bytes; up to here they stay in the second-level cache while all rows pass by
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Sizes of a kernel.
-
-    Attributes:
-        lanes: floats of a vector.
-        vectors: vectors of a block of columns.
-        rows: rows of a tile.
-    """
-
-    lanes: int
-    vectors: int
-    rows: int
-
-    @property
-    def columns(self) -> int:
-        """Columns of a block."""
-        return self.lanes * self.vectors
 
 
 class Kernel:
@@ -81,7 +61,7 @@ class Kernel:
     def __init__(self, lowering: Lowering, stage: Stage, last: Stage) -> None:
         self.lowering, self.stage, self.last = lowering, stage, last
         how = stage.kernel
-        self.tile = Tile(int(how["lanes"]), int(how["vectors"]), int(how["rows"]))
+        self.tile = Tile.read([int(how[n]) for n in ("lanes", "vectors", "rows", "unrolled")] + [str(how["outer"])])
         self.packed, self.lanewise = bool(how["packed"]), bool(how["lanewise"])
         self.dtype = str(stage.buffer.dtype)
         *outer, row = stage.extents[:-1]
@@ -94,13 +74,13 @@ class Kernel:
         tiles, full_tiles, left_rows = _split(self.rows, self.tile.rows)
         blocks, full_blocks, left_columns = _split(self.columns, self.tile.columns)
         outer = product(self.outer)
-        few_weights = self._weight_bytes() <= _SMALL_WEIGHTS
-        sizes = [outer, tiles, blocks] if few_weights else [blocks, outer, tiles]
+        by_rows = self._by_rows()
+        sizes = [outer, tiles, blocks] if by_rows else [blocks, outer, tiles]
 
         def task(number: Expr) -> list[Stmt]:
             bindings: list[Stmt] = []
             at = [bound(value, name, bindings) for value, name in zip(unravel(number, sizes), "otb", strict=True)]
-            o, t, b = at if few_weights else (at[1], at[2], at[0])
+            o, t, b = at if by_rows else (at[1], at[2], at[0])
             outer_at = unravel(o, self.outer) if self.outer else []
             outer_at = [bound(value, "o", bindings) for value in outer_at]
 
@@ -114,9 +94,12 @@ class Kernel:
 
         return [parallel(product(sizes), task)]
 
-    def _weight_bytes(self) -> int:
+    def _by_rows(self) -> bool:
+        """Whether all weights pass by for each tile of rows."""
+        if self.tile.outer:
+            return self.tile.outer == "rows"
         size = static(product([*self.stage.reduced_extents, self.columns]))
-        return 4 * size if size is not None else _SMALL_WEIGHTS + 1
+        return size is not None and 4 * size <= _SMALL_WEIGHTS
 
     def _compute(self, outer: Sequence[Expr], first: Expr, rows: int, start: Expr, columns: int) -> list[Stmt]:
         """One tile: *rows* rows from *first*, and *columns* columns from *start*."""
@@ -150,14 +133,31 @@ class Kernel:
 
     def _reduce(self, step: Callable[[Sequence[Expr]], list[Stmt]]) -> list[Stmt]:
         """Loops over the reduced axes around *step*; short ones of lanewise kernels are unrolled."""
+        return self._nest(self.stage.reduced_extents, [], step)
 
-        def nest(left: Sequence[Expr], at: list[Expr]) -> list[Stmt]:
-            if not left:
-                return step(at)
-            kind = ForKind.UNROLLED if self.lanewise else ForKind.SERIAL
-            return [loop(left[0], lambda k: nest(left[1:], [*at, k]), kind, "k")]
+    def _nest(
+        self, left: Sequence[Expr], at: list[Expr], step: Callable[[Sequence[Expr]], list[Stmt]]
+    ) -> list[Stmt]:  # fmt: skip
+        if not left:
+            return step(at)
+        if self.lanewise:
+            return [loop(left[0], lambda k: self._nest(left[1:], [*at, k], step), ForKind.UNROLLED, "k")]
+        if len(left) > 1:
+            return [loop(left[0], lambda k: self._nest(left[1:], [*at, k], step), name="k")]
+        return self._turns(left[0], lambda k: step([*at, k]))
 
-        return nest(self.stage.reduced_extents, [])
+    def _turns(self, extent: Expr, step: Callable[[Expr], list[Stmt]]) -> list[Stmt]:
+        """The innermost loop, with as many steps in a turn as the tile says, and what is left of them."""
+        at_once, count = self.tile.unrolled, static(extent)
+        if at_once == 1 or count is None or count < at_once:
+            return [loop(extent, step, name="k")]
+
+        def turn(k: Expr) -> list[Stmt]:
+            return [statement for i in range(at_once) for statement in step(k * at_once + i)]
+
+        done = count - count % at_once
+        rest = [statement for i in range(done, count) for statement in step(index(i))]
+        return [loop(index(count // at_once), turn, name="k"), *rest]
 
     def _step(
         self, acc: Sequence[Sequence[Buffer]], at: Sequence[Sequence[Expr]], start: Expr,
@@ -255,35 +255,3 @@ def _is_multiple(size: Expr, factor: int) -> bool:
 def reads_columns(stage: Stage) -> bool:
     """Whether the left operand of *stage* depends on its column, as in a depthwise convolution."""
     return depends(stage.value.a, stage.axes[-1])
-
-
-def choose(rows: int | None, columns: int, lanes: int, registers: int, most_rows: int = 14) -> Tile:
-    """The tile that needs the least time for a matrix of *rows* × *columns* (rows None: unknown, many).
-
-    A step of the reduction costs one multiply-add for each vector of the tile, at least as many as its latency
-    hides, and the loads of the weights; partial tiles at the edges cost what they compute.
-    """
-    best, least = Tile(lanes, 1, 1), float("inf")
-    for vectors in range(1, 5):
-        if vectors > -(-columns // lanes):
-            break
-        for height in range(1, most_rows + 1):
-            if height * vectors + vectors > registers or (rows is not None and height > rows):
-                break
-            cost = _cost(rows, columns, Tile(lanes, vectors, height))
-            if cost < least:
-                best, least = Tile(lanes, vectors, height), cost
-    return best
-
-
-def _cost(rows: int | None, columns: int, tile: Tile) -> float:
-    whole, rest = divmod(columns, tile.columns)
-    widths = [tile.vectors] * whole + ([-(-rest // tile.lanes)] if rest else [])
-    count = rows if rows is not None else 16 * tile.rows
-    full, left = divmod(count, tile.rows)
-
-    def step(h: int, v: int) -> float:
-        return max(h * v, 8, v * 2) + 0.5 * v + 0.05 * h
-
-    total = sum(full * step(tile.rows, v) + (step(left, v) if left else 0) for v in widths)
-    return total / (1 if rows is not None else count)

@@ -17,21 +17,22 @@ import numpy as np
 import tvm
 from tvm import relax, te, tirx
 
-from fxopt.backends import _tvm_kernels
 from fxopt.backends._tvm_conv import FUSED_AFTER, Conv
 from fxopt.backends._tvm_loops import static
 from fxopt.backends._tvm_packing import GROUP, annotation, constant, number, pack, pack_bytes, packed_at
 from fxopt.backends._tvm_target import Machine
+from fxopt.backends._tvm_tiles import Space
+from fxopt.backends._tvm_workloads import Tiles, Workload
 
 Legalize = Callable[[Any, Any], Any]
 _OPERANDS = {("float32", "float32"), ("uint8", "int8")}  # what the kernels multiply
 
 
-def operators(machine: Machine) -> dict[str, Legalize]:
+def operators(machine: Machine, tiles: Tiles) -> dict[str, Legalize]:
     """The legalizations that are ours, by the name of the Relax operator."""
     return {
-        "relax.nn.conv2d": lambda bb, call: _conv2d(bb, call, machine),
-        "relax.matmul": lambda bb, call: _matmul(bb, call, machine),
+        "relax.nn.conv2d": lambda bb, call: _conv2d(bb, call, machine, tiles),
+        "relax.matmul": lambda bb, call: _matmul(bb, call, machine, tiles),
         "relax.nn.layer_norm": _layer_norm,
     }
 
@@ -45,37 +46,37 @@ def _operands(call: Any) -> tuple[str, str]:
     return str(call.args[0].ty.dtype), str(call.args[1].ty.dtype)
 
 
-def _conv2d(bb: Any, call: Any, machine: Machine) -> Any:
+def _conv2d(bb: Any, call: Any, machine: Machine, tiles: Tiles) -> Any:
     attrs, weights = call.attrs, constant(call.args[1])
     layouts = attrs.data_layout, attrs.kernel_layout
     sizes = list(call.args[0].ty.shape)[1:]
     if layouts != ("NHWC", "OIHW") or weights is None or _operands(call) not in _OPERANDS or None in map(static, sizes):
         return _stock(bb, call)
     strides, padding, dilation = ([int(i) for i in part] for part in (attrs.strides, attrs.padding, attrs.dilation))
-    return Conv(call.args[0], weights, strides, padding, dilation, int(attrs.groups), machine).emit(bb)
+    return Conv(call.args[0], weights, strides, padding, dilation, int(attrs.groups), machine, tiles).emit(bb)
 
 
-def _matmul(bb: Any, call: Any, machine: Machine) -> Any:
+def _matmul(bb: Any, call: Any, machine: Machine, tiles: Tiles) -> Any:
     a, b = call.args
     columns = static(b.ty.shape[-1]) if len(b.ty.shape) > 1 else None
     if len(a.ty.shape) < 2 or _operands(call) not in _OPERANDS or columns is None:
         return _stock(bb, call)
     weights = constant(b)
     if weights is not None and weights.ndim == 2:
-        return _linear(bb, a, weights, machine)
+        return linear(bb, a, weights, machine, tiles)
     if _operands(call) != ("float32", "float32"):
         return _stock(bb, call)
-    tile = _tvm_kernels.choose(static(a.ty.shape[-2]), columns, machine.lanes, machine.registers)
-    stages = lambda x, y: _products(x, y, annotation(tile, flat=False, packed=False))  # noqa: E731
-    return bb.call_te(stages, a, b, primfunc_name_hint="matmul", primfunc_attrs={"op_pattern": FUSED_AFTER})
+    return products(bb, a, b, machine, tiles)
 
 
-def _linear(bb: Any, a: Any, weights: np.ndarray[Any, Any], machine: Machine) -> Any:
+def linear(bb: Any, a: Any, weights: np.ndarray[Any, Any], machine: Machine, tiles: Tiles) -> Any:
+    """*a* [..., K] times constant *weights* [K, N] as a call of its stages; int32 for bytes."""
     depth, columns = weights.shape
     counts = [static(s) for s in list(a.ty.shape)[:-1]]
     rows = None if None in counts else int(np.prod([c for c in counts if c is not None]))
-    tile = _tvm_kernels.choose(rows, columns, machine.lanes, machine.registers)
     integers = weights.dtype == np.int8
+    workload = Workload("linear", str(weights.dtype), (("x", (rows, depth)), ("weights", (depth, columns))))
+    tile = tiles.of(workload, Space(rows, columns, machine.lanes, machine.registers))
     dot = machine.dot if integers and depth % GROUP == 0 else ""
     at = packed_at(tile, columns, depth, GROUP if dot else 1)
     how = annotation(tile, flat=True, dot=dot)
@@ -98,6 +99,15 @@ def _linear(bb: Any, a: Any, weights: np.ndarray[Any, Any], machine: Machine) ->
     if dot == "sdot":  # computes with x − 128
         operands.append(relax.const((weights.astype(np.int64).sum(0) * 128).astype(np.int32), "int32"))
     return bb.call_te(stages, *operands, primfunc_name_hint="linear", primfunc_attrs={"op_pattern": FUSED_AFTER})
+
+
+def products(bb: Any, a: Any, b: Any, machine: Machine, tiles: Tiles) -> Any:
+    """*a* [..., M, K] times *b* [..., K, N], both computed, as a call of its stages."""
+    shapes = [tuple(static(size) for size in x.ty.shape) for x in (a, b)]
+    workload = Workload("matmul", "float32", (("x", shapes[0]), ("y", shapes[1])))
+    tile = tiles.of(workload, Space(shapes[0][-2], int(b.ty.shape[-1]), machine.lanes, machine.registers))
+    stages = lambda x, y: _products(x, y, annotation(tile, flat=False, packed=False))  # noqa: E731
+    return bb.call_te(stages, a, b, primfunc_name_hint="matmul", primfunc_attrs={"op_pattern": FUSED_AFTER})
 
 
 def _products(x: Any, y: Any, how: dict[str, Any]) -> Any:

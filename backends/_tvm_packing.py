@@ -8,6 +8,7 @@ The last block is as narrow as it is, rounded up to vectors. All blocks follow e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import tvm
 from tvm import tirx
 from tvm.ir import GenericConst
 
-from fxopt.backends._tvm_kernels import Tile
+from fxopt.backends._tvm_tiles import Tile
 
 GROUP = 4  # bytes that one lane of a dot product takes at once
 
@@ -103,6 +104,5 @@ def annotation(tile: Tile, *, flat: bool, packed: bool = True, lanewise: bool = 
         lanewise: the left operand depends on the column as well.
         dot: what multiplies bytes, as in ``Machine.dot``; "" for numbers one by one.
     """
-    sizes = {"lanes": tile.lanes, "vectors": tile.vectors, "rows": tile.rows}
-    how = {**sizes, "flat": int(flat), "packed": int(packed), "lanewise": int(lanewise), "dot": dot}
+    how = {**dataclasses.asdict(tile), "flat": int(flat), "packed": int(packed), "lanewise": int(lanewise), "dot": dot}
     return {"fxopt.kernel": how}

@@ -26,7 +26,8 @@ from fxopt.backend import Backend, Executable, Payload, check_threads
 from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_export import export
 from fxopt.backends._onnx_file import OnnxFile
-from fxopt.errors import ArtifactError, UnsupportedOp
+from fxopt.backends._tvm_options import Tuning
+from fxopt.errors import ArtifactError, BackendUnavailable, FxoptError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
 
@@ -39,9 +40,10 @@ class TvmExecutable(FileExecutable):
     engine: ClassVar[str] = "TVM"
     product: ClassVar[str] = "model.so"
 
-    def __init__(self, file: OnnxFile, target: Target, built: Any, threads: int | None) -> None:
-        """*built* is a ``_tvm_build.Built``."""
+    def __init__(self, file: OnnxFile, target: Target, built: Any, threads: int | None, remark: str = "") -> None:
+        """*built* is a ``_tvm_build.Built``; *remark* tells how it was tuned."""
         super().__init__(file, target, runs_here=runs_here(target))
+        self.notes = (f"tuned: {remark}",) if remark else ()
         self._built = built
         self._threads = threads
 
@@ -50,6 +52,8 @@ class TvmExecutable(FileExecutable):
         from fxopt.backends import _tvm_build
 
         plain = super().payload()
+        tiles = {name: list(dataclasses.astuple(tile)) for name, tile in self._built.tiles.items()}
+        plain = dataclasses.replace(plain, facts={**plain.facts, "tiles": tiles})
         if not self._runs_here:
             return plain
         self._linked = tempfile.TemporaryDirectory(prefix="fxopt-")
@@ -87,6 +91,7 @@ class TvmBackend(Backend):
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
+        tune: {"trials": 512} or {"seconds": 600} measure for faster kernels; None leaves them to the rules.
     """
 
     name: ClassVar[str] = "tvm"
@@ -94,9 +99,11 @@ class TvmBackend(Backend):
     install: ClassVar[str] = "'fxopt[tvm]'"
     last_resort: ClassVar[bool] = True
     threads: int | None = None
+    tune: Tuning | None = None
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        object.__setattr__(self, "tune", Tuning.of(self.tune))
 
     def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
         """The program as a library; weights move from the program into an ONNX file and into packed parameters.
@@ -112,7 +119,29 @@ class TvmBackend(Backend):
         facts = machine(target)
         file = export(program)
         with _explained(file):
-            return TvmExecutable(file, target, _tvm_build.build(file, facts), self.threads)
+            tiles, remark = self._tiles(file, target, facts)
+            built = _tvm_build.build(file, facts, tiles)
+        return TvmExecutable(file, target, built, self.threads, remark)
+
+    def _tiles(self, file: OnnxFile, target: Target, facts: Any) -> tuple[Any, str]:
+        """Which tiles kernels get, and a remark for the report.
+
+        Raises:
+            BackendUnavailable: they are to be tuned, and there is no device to measure on.
+        """
+        from fxopt.backends import _tvm_tuning
+        from fxopt.backends._tvm_workloads import Tiles
+
+        if self.tune is None:
+            return Tiles(), ""
+        here = runs_here(target) and not self.tune.tracker
+        if not here and not self.tune.tracker and self.tune.trials != 0:
+            raise BackendUnavailable(
+                f"target '{target}' cannot be tuned on this machine: start a tracker and servers of TVM's RPC, on "
+                'devices of its kind, and say tune={"tracker": "host:port", "key": …}'
+            )
+        threads = self.threads or torch.get_num_threads() if here else self.threads
+        return _tvm_tuning.tuned(file, facts, threads, self.tune)
 
     def restore(self, folder: TemporaryDirectory[str], facts: Mapping[str, Any], target: Target) -> Executable:
         """The model of an artifact: its library where it was made by the same versions, else compiled again.
@@ -122,13 +151,15 @@ class TvmBackend(Backend):
         """
         from fxopt.backends import _tvm_build
         from fxopt.backends._tvm_target import machine
+        from fxopt.backends._tvm_workloads import Tiles
 
         file, library = OnnxFile.restored(folder, facts), Path(folder.name) / LIBRARY
         with _explained(file):
+            tiles = Tiles.restored(facts.get("tiles", {}))
             if facts.get("versions") == _tvm_build.versions() and library.is_file() and runs_here(target):
-                built = _tvm_build.rebuild(file, machine(target), library)
+                built = _tvm_build.rebuild(file, machine(target), tiles, library)
             else:
-                built = _tvm_build.build(file, machine(target))
+                built = _tvm_build.build(file, machine(target), tiles)
             return TvmExecutable(file, target, built, self.threads)
 
 
@@ -137,7 +168,7 @@ def _explained(file: OnnxFile) -> Any:
     """TVM's errors as ours."""
     try:
         yield
-    except UnsupportedOp:
+    except FxoptError:
         raise
     except Exception as error:
         raise UnsupportedOp(f"TVM cannot compile this model: {file.explain(error)}") from error

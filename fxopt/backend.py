@@ -182,6 +182,6 @@ class Backend(abc.ABC):
             if name not in known:
                 raise SpecError(f"backend {cls.name!r} has no option {name!r}.{near_miss(name, known)}")
         made = cls(**options)  # says by itself what it wants, where it does
-        for name, value in options.items():
-            spec.fit(value, hints[name], f"backend {cls.name!r}, option {name!r}")
+        for name in options:
+            spec.fit(getattr(made, name), hints[name], f"backend {cls.name!r}, option {name!r}")
         return made

@@ -155,7 +155,7 @@ class Lowering:
             executable = hand_over(program, backend, self.plan.target, self.captured.inputs)
         report.notes = executable.notes
         LOG.info("lowered to %s", backend.name)
-        options = {field.name: getattr(backend, field.name) for field in dataclasses.fields(backend)}
+        options = dataclasses.asdict(backend)
         variant = Variant(program, executable, backend.name, report, options)
         if self.expected is not None and not self._random:
             self._check(variant)
