@@ -24,8 +24,9 @@ from fxopt.backends import _onnx_graph as onnx_graph
 from fxopt.backends import _onnx_int8, _onnx_pads, _onnx_quantized_ops
 from fxopt.backends._onnx_bounds import Bound, index_bounds, merge
 from fxopt.backends._onnx_file import EMBEDDED, Interface, OnnxFile
+from fxopt.backends._onnx_graph import origin
 from fxopt.errors import SpecError, UnsupportedOp
-from fxopt.program import Program
+from fxopt.program import ORIGIN, Program
 from fxopt.signature import Leaf
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 OPSETS = (18, 23)  # what torch's translations are written for
 _OPSET, _BF16_OPSET = 20, 22  # 22 is the first in which Conv takes bf16
+_LOCATED = "fxopt_located"  # in the metadata of an ONNX node; copied to what is put in its place
 _export_lock = threading.Lock()  # the exporter keeps its current tracer in a global
 
 
@@ -75,14 +77,14 @@ def export(
         if quantized and not explicit:
             _onnx_int8.reshape(program, no_matrices=for_openvino)
         interface = _interface(program, bounds)
-        model, origins = _translate(program, registry)
+        model = _translate(program, registry)
         _clean(model, opset)
         if quantized and not explicit:
             _onnx_int8.match_kernels(model, float_biases=for_openvino)
         transposed = _onnx_quantized_ops.pack_blocks(model) if quantized else set()
         _onnx_pads.keep_apart(model)
         _name(model, program)
-        file = OnnxFile(model, interface, origins, transposed)
+        file = OnnxFile(model, interface, *_unmark(model), transposed)
         _release(model, program)
     return file
 
@@ -102,7 +104,9 @@ def of_dtype(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _refuse(program: Program) -> None:
-    """What no ONNX session can do, whatever the ops."""
+    """What no ONNX session can do, whatever the ops. From here on, each node knows which one it has been made from."""
+    for node in program.graph.nodes:
+        node.meta.setdefault(ORIGIN, node.name)
     signature = program.signature
     for back in signature.writebacks:
         what = f"buffer {back.constant!r}" if back.constant else f"input {signature.inputs[back.input or 0].name!r}"
@@ -113,9 +117,11 @@ def _refuse(program: Program) -> None:
     for name, tensor in program.tensors().items():
         if tensor.layout is not torch.strided:
             raise UnsupportedOp(f"{name!r} is a {tensor.layout} tensor, which ONNX does not know: use backend='torch'")
-    for node in onnx_graph.all_nodes(program):
-        if ops.is_random(node) and ops.packet(node) not in onnx_graph.UNWRITTEN:
-            raise UnsupportedOp(f"{onnx_graph.located(node)} draws random numbers, which torch.manual_seed must govern")
+    draws = [n for n in onnx_graph.all_nodes(program) if ops.is_random(n) and ops.packet(n) not in onnx_graph.UNWRITTEN]
+    if draws:
+        lines = dict.fromkeys(onnx_graph.located(node) for node in draws)
+        nodes = {origin(n): "it draws random numbers" for n in draws if n.graph is program.graph}
+        raise UnsupportedOp(f"{', '.join(lines)} draws random numbers, which torch.manual_seed must govern", nodes)
     if not any(isinstance(result, fx.Node) for result in program.output.args[0]):  # type: ignore[union-attr]
         raise UnsupportedOp("the model returns no tensor, so there is nothing for an ONNX session to compute")
 
@@ -136,8 +142,8 @@ def _interface(program: Program, bounds: Mapping[int, Bound]) -> Interface:
     )
 
 
-def _translate(program: Program, registry: Any) -> tuple[onnx_ir.Model, dict[str, str]]:
-    """ONNX graph, and for each of its nodes the op of the program that it came from."""
+def _translate(program: Program, registry: Any) -> onnx_ir.Model:
+    """The ONNX graph; each of its nodes is marked with the op of the program that it came from."""
     from torch.onnx._internal.exporter import _core, _fx_passes
 
     exported = onnx_graph.exported_program(program)
@@ -148,10 +154,25 @@ def _translate(program: Program, registry: Any) -> tuple[onnx_ir.Model, dict[str
         failed = [n for n in exported.graph.nodes if n.op == "call_function" and n.format_node() in str(error)]
         where = onnx_graph.located(failed[0]) if failed else "this graph"
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise UnsupportedOp(f"ONNX cannot express {where}: {reason}") from error
+        nodes = {origin(node): f"ONNX cannot express it: {reason}" for node in failed[:1]}
+        raise UnsupportedOp(f"ONNX cannot express {where}: {reason}", nodes) from error
     exported.state_dict.clear()
-    origins = {str(n.name): onnx_graph.located(n.meta["node"]) for n in model.graph.all_nodes() if "node" in n.meta}
-    return model, origins
+    for made in model.graph.all_nodes():
+        if "node" in made.meta:
+            made.metadata_props[_LOCATED] = onnx_graph.located(made.meta["node"])
+            made.metadata_props[ORIGIN] = str(made.meta["node"].meta.get(ORIGIN, ""))
+    return model
+
+
+def _unmark(model: onnx_ir.Model) -> tuple[dict[str, str], dict[str, str]]:
+    """For each node of the ONNX graph the op that it came from, and the name of that node; no other traces are left."""
+    from torch.onnx._internal.exporter import _ir_passes
+
+    marked = {str(n.name): dict(n.metadata_props) for n in model.graph.all_nodes()}
+    for thing in (model, model.graph, *model.graph.all_nodes(), *_ir_passes._all_values(model)):
+        thing.metadata_props.clear()
+    located = {name: marks[_LOCATED] for name, marks in marked.items() if _LOCATED in marks}
+    return located, {name: marks[ORIGIN] for name, marks in marked.items() if marks.get(ORIGIN)}
 
 
 def _clean(model: onnx_ir.Model, opset: int) -> None:
@@ -176,7 +197,7 @@ def _clean(model: onnx_ir.Model, opset: int) -> None:
 
 
 def _name(model: onnx_ir.Model, program: Program) -> None:
-    """Names of the user for inputs, outputs and dynamic sizes; no traces of this machine in the file."""
+    """Names of the user for inputs, outputs and dynamic sizes."""
     from onnx_ir.passes import common
     from torch.onnx._internal.exporter import _ir_passes
 
@@ -192,8 +213,6 @@ def _name(model: onnx_ir.Model, program: Program) -> None:
     sizes.update(_size_names(inputs))
     sizes.update({str(symbol): name for symbol, name in signature.dim_names.items()})
     _ir_passes.rename_axis(model, sizes)
-    for thing in (model, model.graph, *model.graph.all_nodes(), *_ir_passes._all_values(model)):
-        thing.metadata_props.clear()
     model.producer_name, model.producer_version = "fxopt", None
 
 

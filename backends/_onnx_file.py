@@ -72,11 +72,17 @@ class OnnxFile:
         path: the graph; its weights lie beside it.
         interface: how to call it.
         origins: "op at file:line" of the user's code for each ONNX node name.
+        sources: name of the program's node for each ONNX node name; empty for a file of an artifact.
         transposed: names of the weights that lie transposed in the file.
     """
 
     def __init__(
-        self, model: onnx_ir.Model, interface: Interface, origins: Mapping[str, str], transposed: Set[str]
+        self,
+        model: onnx_ir.Model,
+        interface: Interface,
+        origins: Mapping[str, str],
+        sources: Mapping[str, str],
+        transposed: Set[str],
     ) -> None:
         """Write *model*.
 
@@ -86,24 +92,27 @@ class OnnxFile:
         import onnx
         import onnx_ir
 
-        self._take(tempfile.TemporaryDirectory(prefix="fxopt-"), interface, origins, transposed)
+        self._take(tempfile.TemporaryDirectory(prefix="fxopt-"), interface, origins, sources, transposed)
         onnx_ir.save(model, self.path, external_data=WEIGHTS, size_threshold_bytes=EMBEDDED)
         try:
             onnx.checker.check_model(str(self.path), full_check=True)
         except Exception as error:
-            raise UnsupportedOp(f"the exported ONNX graph is not valid: {self.explain(error)}") from error
+            why = f"the exported ONNX graph is not valid: {self.explain(error)}"
+            raise UnsupportedOp(why, self.blamed(str(error), why)) from error
 
     def _take(
         self,
         folder: tempfile.TemporaryDirectory[str],
         interface: Interface,
         origins: Mapping[str, str],
+        sources: Mapping[str, str],
         transposed: Set[str],
     ) -> None:
         self._folder = folder
         self.path = Path(folder.name) / MODEL
         self.interface = interface
         self.origins = origins
+        self.sources = sources
         self.transposed = transposed
 
     def payload(self) -> Payload:
@@ -141,11 +150,20 @@ class OnnxFile:
             frozenset(facts["scalars"]),
             {name: Bound(*bound) for name, bound in facts["bounds"].items()},
         )
-        file._take(folder, interface, facts["origins"], frozenset(facts["transposed"]))
+        file._take(folder, interface, facts["origins"], {}, frozenset(facts["transposed"]))
         if facts.get("packed") is not None:
             _onnx_packed.unpack(Path(folder.name), file.path.with_name(WEIGHTS), facts["packed"])
         _refuse_elsewhere(file.path)
         return file
+
+    def weights(self) -> set[str]:
+        """Names of the weights of which :meth:`constant` has the values."""
+        import onnx
+
+        from fxopt.backends._onnx_quantized_ops import TRANSPOSED
+
+        stored = onnx.load(self.path, load_external_data=False).graph.initializer
+        return {tensor.name.removesuffix(TRANSPOSED) for tensor in stored}
 
     def nbytes(self) -> int:
         """Bytes of graph and weights."""
@@ -196,7 +214,11 @@ class OnnxFile:
         unconverted = re.search(r"Conversion is failed for: (.+)", text)  # OpenVINO says it in its last line
         line = f"it does not convert {unconverted[1]}" if unconverted else line
         names = dict.fromkeys(word for word in re.findall(r"[\w.]+", text) if word in self.origins)
-        return line + "".join(f" [{self.origins[name]}]" for name in names)
+        return line + "".join(f" [{where}]" for where in dict.fromkeys(self.origins[name] for name in names))
+
+    def blamed(self, text: str, why: str) -> dict[str, str]:
+        """*why*, by the name of each node of the program that *text*, of an engine, names in its own words."""
+        return {self.sources[word]: why for word in re.findall(r"[\w.]+", text) if word in self.sources}
 
 
 def _refuse_elsewhere(path: Path) -> None:

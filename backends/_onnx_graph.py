@@ -37,7 +37,7 @@ from fxopt import ops
 from fxopt.backends import _onnx_quantized_ops, _onnx_stable
 from fxopt.backends._onnx_decompose import decompose, is_translated
 from fxopt.errors import UnsupportedOp
-from fxopt.program import Program, source_line
+from fxopt.program import ORIGIN, Program, source_line
 from fxopt.rewriter import Rewriter
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ UNWRITTEN = {
     "new_empty": aten.new_zeros.default,
     "empty_like": aten.zeros_like.default,
 }
-_SHOWN = 5  # so many unsupported nodes are listed in an error
 
 
 def located(node: fx.Node) -> str:
@@ -60,6 +59,11 @@ def located(node: fx.Node) -> str:
     if where.startswith("<eval_with_key>"):  # no line of the user's is known for what torch.cond has captured
         return f"{what} in a branch or a loop"
     return what + (f" at {where}" if where else "")
+
+
+def origin(node: fx.Node) -> str:
+    """Name of the node of the program, as the backend was given it, that *node* is or has been made from."""
+    return str(node.meta.get(ORIGIN, node.name))
 
 
 def all_nodes(program: Program) -> Iterator[fx.Node]:
@@ -81,21 +85,25 @@ def prepare(program: Program, registry: ONNXRegistry) -> None:
     Raises:
         UnsupportedOp: naming each op that has no translation, with its source line.
     """
-    refused = list[fx.Node]()
+    refused, callers = list[fx.Node](), list[fx.Node]()
     for name, body in program.constants.items():
         if isinstance(body, fx.GraphModule):
             program.constants[name] = own = copy.deepcopy(body)
+            inside = list[fx.Node]()
             for module in _graph_modules(own):
                 constants = dict(module.named_buffers(recurse=False))
-                refused += _prepare(Program(module.graph, constants, program.signature), registry)
+                inside += _prepare(Program(module.graph, constants, program.signature), registry)
                 held = module.graph.find_nodes(op="get_attr")
-                refused += [n for n in held if not isinstance(getattr(module, str(n.target), None), fx.GraphModule)]
+                inside += [n for n in held if not isinstance(getattr(module, str(n.target), None), fx.GraphModule)]
                 module.recompile()
-    refused += _prepare(program, registry)
-    if refused:
-        lines = list(dict.fromkeys(located(node) for node in refused))
-        more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise UnsupportedOp(f"ONNX has no translation for {', '.join(lines[:_SHOWN])}{more}")
+            readers = [node for node in program.graph.find_nodes(op="get_attr") if node.target == name]
+            callers += [user for node in readers for user in node.users if inside]
+            refused += inside
+    own_nodes = _prepare(program, registry)
+    if refused or own_nodes:
+        lines = dict.fromkeys(located(node) for node in [*refused, *own_nodes])
+        nodes = dict.fromkeys((origin(node) for node in [*callers, *own_nodes]), "ONNX has no translation for it")
+        raise UnsupportedOp(f"ONNX has no translation for {', '.join(lines)}", nodes)
 
 
 def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:

@@ -24,7 +24,6 @@ import torch
 
 from fxopt.backend import Backend, Executable, Payload, check_threads
 from fxopt.backends._onnx_executable import FileExecutable, runs_here
-from fxopt.backends._onnx_export import export
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._tvm_options import Tuning
 from fxopt.errors import ArtifactError, BackendUnavailable, FxoptError, UnsupportedOp
@@ -92,6 +91,7 @@ class TvmBackend(Backend):
     Attributes:
         threads: threads for one call; None for as many as torch uses.
         tune: {"trials": 512} or {"seconds": 600} measure for faster kernels; None leaves them to the rules.
+        mixed: run the parts of a model that TVM cannot take on PyTorch, and the rest on TVM.
     """
 
     name: ClassVar[str] = "tvm"
@@ -100,6 +100,7 @@ class TvmBackend(Backend):
     last_resort: ClassVar[bool] = True
     threads: int | None = None
     tune: Tuning | None = None
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -109,15 +110,39 @@ class TvmBackend(Backend):
         """The program as a library; weights move from the program into an ONNX file and into packed parameters.
 
         Raises:
-            UnsupportedOp: ONNX or TVM cannot express an op, or the model keeps state.
+            UnsupportedOp: ONNX or TVM cannot express some ops, or the model keeps state; see ``mixed``.
             BackendUnavailable: TVM is not installed.
         """
         self.require()
+        from fxopt.backends import _tvm_mixed
+        from fxopt.backends._tvm_target import machine
+
+        machine(target)  # where there is none, no part of the model can be compiled
+        return _tvm_mixed.lower(self, program, target)
+
+    def check(self, file: OnnxFile) -> None:
+        """That TVM knows the operators of *file*.
+
+        Raises:
+            UnsupportedOp: it does not; with the nodes of the program.
+        """
+        import onnx
+
+        from fxopt.backends._tvm_import import from_onnx
+
+        with _explained(file):
+            from_onnx(onnx.load(file.path), file.origins)
+
+    def build(self, file: OnnxFile, target: Target) -> Executable:
+        """*file* as a library.
+
+        Raises:
+            UnsupportedOp: TVM cannot compile it; with the nodes of the program where it says which.
+        """
         from fxopt.backends import _tvm_build
         from fxopt.backends._tvm_target import machine
 
         facts = machine(target)
-        file = export(program)
         with _explained(file):
             tiles, remark = self._tiles(file, target, facts)
             built = _tvm_build.build(file, facts, tiles)
@@ -165,10 +190,20 @@ class TvmBackend(Backend):
 
 @contextlib.contextmanager
 def _explained(file: OnnxFile) -> Any:
-    """TVM's errors as ours."""
+    """TVM's errors as ours, and operators of *file* that it declines by the nodes of the program."""
     try:
         yield
+    except UnsupportedOp as error:
+        import onnx
+
+        from fxopt.backends._tvm_import import origins_of_all
+
+        graph = onnx.load(file.path, load_external_data=False).graph
+        sources = origins_of_all(graph, file.sources)
+        nodes = {sources[name]: why for name, why in error.nodes.items() if name in sources}
+        raise UnsupportedOp(str(error), nodes) from error.__cause__
     except FxoptError:
         raise
     except Exception as error:
-        raise UnsupportedOp(f"TVM cannot compile this model: {file.explain(error)}") from error
+        why = f"TVM cannot compile this model: {file.explain(error)}"
+        raise UnsupportedOp(why, file.blamed(str(error), why)) from error

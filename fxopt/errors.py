@@ -6,7 +6,7 @@ A message says what was wrong, where (node, user source line, argument), and wha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class FxoptError(Exception):
@@ -44,7 +44,16 @@ class VerifyError(PassError):
 
 
 class UnsupportedOp(FxoptError):
-    """A backend has no translation for some op of the graph."""
+    """A backend has no translation for some op of the graph.
+
+    Attributes:
+        nodes: why, by the name of each node of the graph that the backend cannot take. Empty where the reason is not
+            one of single nodes, or the backend does not say.
+    """
+
+    def __init__(self, message: str = "", nodes: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.nodes = dict(nodes or {})
 
 
 class BackendUnavailable(FxoptError):

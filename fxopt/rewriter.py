@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from fxopt import ops
 from fxopt.errors import PassError
-from fxopt.program import Program, source_line
+from fxopt.program import ORIGIN, Program, source_line
 
-_INHERITED = ("stack_trace", "nn_module_stack", "from_node")
+_INHERITED = ("stack_trace", "nn_module_stack", "from_node", ORIGIN)
 
 
 @dataclasses.dataclass(frozen=True)
