@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from filelock import FileLock
 
 from fxopt import artifact, spec
+from fxopt.artifact.container import PARTIAL
 from fxopt.artifact.graphs import encode_graph
 from fxopt.artifact.signatures import encode_signature
 from fxopt.artifact.values import encode
@@ -32,7 +34,7 @@ from fxopt.backend import Backend
 from fxopt.capture import Captured
 from fxopt.compiled import Variant
 from fxopt.errors import ArtifactError, FxoptError, InputError
-from fxopt.notice import LOG
+from fxopt.notice import LOG, warn
 from fxopt.passbase import Pass
 from fxopt.progress import Stages
 from fxopt.registry import available, find_pass
@@ -40,6 +42,7 @@ from fxopt.target import Target
 
 _ENGINES = ("fxopt", "torch", "onnx", "onnxruntime", "openvino", "apache-tvm")
 _GB = 2**30
+_ABANDONED = 3600.0  # seconds; whoever began to write a file then does so no more
 
 
 @dataclasses.dataclass
@@ -94,6 +97,8 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):  # somebody else has just made room
                 os.utime(path)
         except FxoptError as error:
+            if not path.is_file():  # somebody else has just made room
+                return None
             LOG.warning("cache: %s is of no use and goes: %s", path.name, error)
             path.unlink(missing_ok=True)
             return None
@@ -105,10 +110,13 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             artifact.save(variant, target, self.folder / f"{key}.fxopt")
-        except (ArtifactError, OSError) as error:
+            self._trim()
+        except OSError as error:
+            warn(f"fxopt: the compiled model is not kept in the cache: {error}")
+        except ArtifactError as error:
+            if isinstance(error.__cause__, OSError):
+                warn(f"fxopt: the compiled model is not kept in the cache: {error}")
             LOG.info("cache: not kept: %s", error)
-            return
-        self._trim()
 
     def clear(self) -> int:
         """Remove everything; gives how many files there were."""
@@ -116,7 +124,7 @@ class Cache:
             return 0
         with self._lock():
             files = self.files()
-            for path in files:
+            for path in [*files, *self._left_behind(0)]:
                 path.unlink(missing_ok=True)
         return len(files)
 
@@ -129,6 +137,17 @@ class Cache:
                     break
                 left -= size
                 path.unlink(missing_ok=True)
+            for path in self._left_behind(_ABANDONED):
+                path.unlink(missing_ok=True)
+
+    def _left_behind(self, age: float) -> list[Path]:
+        """Files that somebody began to write and did not finish, at least *age* seconds old."""
+        found = []
+        for path in self.folder.glob(f".*{PARTIAL}"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= age:
+                    found.append(path)
+        return found
 
     def _lock(self) -> FileLock:
         return FileLock(self.folder / ".lock")

@@ -65,6 +65,6 @@ def cache_folder(asked: object) -> Path | None:
     if isinstance(asked, bool):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(home) / "fxopt" if asked else None
-    if not isinstance(asked, (str, os.PathLike)):
+    if not isinstance(asked, (str, os.PathLike)) or not os.fspath(asked):
         raise InputError(f"cache must be True, False or a folder, not {asked!r:.80}")
-    return Path(asked)
+    return Path(asked).expanduser()

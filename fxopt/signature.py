@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -110,6 +110,7 @@ class Signature:
         checks = [(torch.Size(leaf.shape or ()), leaf.dtype) for leaf in self.inputs] if plain and static else None
         object.__setattr__(self, "_quick", checks)
         object.__setattr__(self, "_written", written)
+        object.__setattr__(self, "_sizes", _has_size(self.out_spec))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The flat input leaves of a call (constants included, in their place).
@@ -165,6 +166,8 @@ class Signature:
         """The user's output structure from the flat outputs (without writebacks)."""
         if self.out_spec.is_leaf():
             return outputs[0]
+        if self._sizes:  # type: ignore[attr-defined]
+            return _with_sizes(self.out_spec, iter(outputs))
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
     def describe(self) -> str:
@@ -241,6 +244,20 @@ class Signature:
         if expected != symbol:
             text = f"{expected} with {symbol} {text}"
         return text + (f" ({self.limits[symbol]})" if symbol in self.limits else "")
+
+
+def _has_size(spec: pytree.TreeSpec) -> bool:
+    return spec.type is torch.Size or any(map(_has_size, spec.children()))
+
+
+def _with_sizes(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    """As ``tree_unflatten``, which makes a tuple of each torch.Size."""
+    if spec.is_leaf():
+        return next(leaves)
+    parts = [_with_sizes(child, leaves) for child in spec.children()]
+    if spec.type is torch.Size:
+        return torch.Size(parts)
+    return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(parts, spec.context)
 
 
 def _settle(expected: sympy.Expr, size: int, symbols: dict[sympy.Symbol, int]) -> int | None:

@@ -66,7 +66,10 @@ def save(variant: Variant, target: Target, path: Path) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="fxopt-") as scratch:
         weights = Path(scratch) / _WEIGHTS
-        entries = save_tensors(program.tensors(), weights)
+        try:
+            entries = save_tensors(program.tensors(), weights)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: no room for its weights in {scratch}: {error}") from error
         members: dict[str, bytes | Path] = {_GRAPH: _text(graph), _REPORT: _text(encode_report(variant.report))}
         if payload is not None:
             members[_FACTS] = _text(encode(dict(payload.facts)))

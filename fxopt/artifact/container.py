@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from fxopt.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+PARTIAL = ".fxopt-partial"  # how names of files end that are being written
 _COMMENT = b"fxopt sha256 "
 _NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)?(\.[a-z0-9]+)?")
 _ALIGNMENT = 64
@@ -32,7 +33,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same model gives the same bytes
 
 
 def write(path: Path, manifest: Mapping[str, Any], members: Mapping[str, bytes | Path]) -> None:
-    """Write an artifact; an older one at *path* is replaced at the end, in one step.
+    """Write an artifact; an older one at *path* is replaced at the end, in one step. A link at *path* stays one.
 
     Args:
         path: of the file.
@@ -42,18 +43,20 @@ def write(path: Path, manifest: Mapping[str, Any], members: Mapping[str, bytes |
     Raises:
         ArtifactError: it cannot be written; *path* is as it was.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    place = Path(os.path.realpath(path))
+    partial = place.parent / f".{secrets.token_hex(8)}{PARTIAL}"
     try:
         with partial.open("xb") as file:
             _write_zip(file, manifest, members)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
+        partial.replace(place)
+        _sync_folder(place.parent)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _write_zip(file: BinaryIO, manifest: Mapping[str, Any], members: Mapping[str, bytes | Path]) -> None:

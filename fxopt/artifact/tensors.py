@@ -44,7 +44,9 @@ def save(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
 
     Raises:
         ArtifactError: one is no dense tensor, or of a dtype that has no place in such a file.
+        OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     parts, entries, made = dict[str, torch.Tensor](), dict[str, Any](), dict[Any, str]()
@@ -62,7 +64,10 @@ def save(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:
     refused = next((name for name, part in parts.items() if part.dtype not in _DTYPES.values()), None)
     if refused is not None:
         raise ArtifactError(f"the constant {refused!r} is {parts[refused].dtype}, which an artifact cannot hold")
-    save_file(parts, path)
+    try:
+        save_file(parts, path)
+    except SafetensorError as error:  # the disk is full
+        raise OSError(str(error)) from error
     return entries
 
 

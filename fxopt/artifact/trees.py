@@ -18,7 +18,7 @@ from fxopt import structures
 from fxopt.artifact.values import decode, encode
 from fxopt.errors import ArtifactError
 
-_PLAIN: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict}
+_PLAIN: dict[str, type] = {"tuple": tuple, "list": list, "dict": dict, "OrderedDict": OrderedDict, "Size": torch.Size}
 
 
 def encode_tree(spec: pytree.TreeSpec) -> Any:
@@ -31,7 +31,7 @@ def encode_tree(spec: pytree.TreeSpec) -> Any:
         return None
     children = [encode_tree(child) for child in spec.children()]
     kind, context = spec.type, spec.context
-    if kind in (tuple, list):
+    if kind in (tuple, list, torch.Size):
         return {"kind": kind.__name__, "of": children}
     if kind in (dict, OrderedDict):
         return {"kind": kind.__name__, "keys": encode(list(context)), "of": children}
@@ -72,7 +72,7 @@ def decode_tree(tree: Any, *, made: bool) -> pytree.TreeSpec:
     if tree is None:
         return pytree.tree_flatten(torch.empty(0))[1]
     kind, children = tree["kind"], [decode_tree(child, made=made) for child in tree["of"]]
-    if kind in ("tuple", "list"):
+    if kind in ("tuple", "list", "Size"):
         return pytree.TreeSpec(_PLAIN[kind], None, children)
     if kind in ("dict", "OrderedDict"):
         keys = decode(tree["keys"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +18,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
+
+def _complete(known: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """How a shell completes the last of some words with commas between, without torch, which takes a second."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + name for name in known() if name.startswith(last)]
+
+    return complete
+
+
+def _installed(group: str) -> list[str]:
+    return sorted(entry.name for entry in entry_points(group=group))
+
+
+_BACKENDS = _complete(lambda: ["auto", *_installed("fxopt.backends")])
+_TARGETS = _complete(lambda: ["x86", "arm", "cuda"])
+_PASSES = _complete(lambda: _installed("fxopt.passes"))
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="module:factory, a .pt2 file, or a .fxopt file.")]
 Artifact = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A .fxopt file.")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", "-i", help="Example input such as 'x:f32[batch=8,3,224,224]' or 'i64[1,128]<30000'."),
 ]
-Target = Annotated[str | None, typer.Option(help="x86, arm, cuda, or one of `fxopt targets`.")]
-Backend = Annotated[str | None, typer.Option(help="auto, or one of `fxopt backends`.")]
-Passes = Annotated[str | None, typer.Option(help="A spec, such as 'prune-channels{macs=0.5},insert-fake-quant'.")]
+Target = Annotated[str | None, typer.Option(help="x86, arm, cuda, or one of `fxopt targets`.", autocompletion=_TARGETS)]
+Backend = Annotated[str | None, typer.Option(help="auto, or one of `fxopt backends`.", autocompletion=_BACKENDS)]
+Passes = Annotated[
+    str | None,
+    typer.Option(help="A spec, such as 'prune-channels{macs=0.5},insert-fake-quant'.", autocompletion=_PASSES),
+]
 Calibration = Annotated[str | None, typer.Option(help="module:name of batches, for passes that look at data.")]
 Recipe = Annotated[Path | None, typer.Option(help="A .yaml or .toml file with all of these; options override it.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of a call; all cores where none is given.")]
@@ -91,7 +117,10 @@ def bench(
     model: Model,
     inputs: Inputs = None,
     target: Target = None,
-    backends: Annotated[str | None, typer.Option(help="Names with commas; all installed where none are given.")] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(help="Names with commas; all installed where none are given.", autocompletion=_BACKENDS),
+    ] = None,
     passes: Passes = None,
     calibration: Calibration = None,
     recipe: Recipe = None,
@@ -217,4 +246,7 @@ _listing("backends", "The engines, and whether they are installed.")
 
 def main() -> None:
     """The entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows fewer letters gets a ?
     app()

@@ -168,9 +168,11 @@ def _contestants(
     if isinstance(source.model, torch.export.ExportedProgram) and source.inputs is None:
         inputs = (source.model.example_inputs or ((), {}))[0]
     calls["eager"] = torch.no_grad()(functools.partial(plain, *inputs, **source.kwargs))
-    for backend in backends.split(",") if backends else registry.available("fxopt.backends"):
+    asked = [name.strip() for name in backends.split(",")] if backends else registry.available("fxopt.backends")
+    for engine in [registry.find_backend(name) for name in asked]:
+        backend = engine.name
         try:
-            registry.find_backend(backend).require()
+            engine.require()
             calls[backend] = functools.partial(compiled(name, wish, backend=backend), *inputs, **source.kwargs)
         except BackendUnavailable as error:
             failed[backend] = f"not installed: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -23,7 +24,7 @@ from fxopt.artifact.reports import encode_report
 from fxopt.cache import Cache
 from fxopt.cli import build, sources
 from fxopt.cli.output import NO, emit
-from fxopt.errors import InputError
+from fxopt.errors import ArtifactError, InputError
 from fxopt.notice import cache_folder
 
 
@@ -143,10 +144,14 @@ def cache(folder: Path | None, *, clear: bool, as_json: bool) -> None:
     for title in ("model", "backend", "target", "MB", "used"):
         table.add_column(title, justify="right" if title == "MB" else "left")
     for path in reversed(kept.files()):
-        about, status = Container(path), path.stat()
+        if not path.is_file():  # somebody else has just made room
+            continue
+        status, row = path.stat(), {"model": f"damaged: {path.name[:8]}", "backend": "", "target": ""}
+        with contextlib.suppress(ArtifactError, KeyError, TypeError):
+            about = Container(path)
+            model = about.json("report.json")["model"]
+            row = {"model": model, "backend": about.manifest["backend"], "target": about.manifest["target"]["name"]}
         used = datetime.datetime.fromtimestamp(status.st_mtime).isoformat(" ", "minutes")
-        model = about.json("report.json")["model"]
-        row = {"model": model, "backend": about.manifest["backend"], "target": about.manifest["target"]["name"]}
         rows.append({**row, "bytes": status.st_size, "used": used, "file": path.name})
         table.add_row(*row.values(), f"{status.st_size / 1e6:.1f}", used)
     total = Text(f"{len(rows)} models, {kept.nbytes() / 1e6:.1f} MB of {kept.most / 1e6:.0f} in {kept.folder}", "dim")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,10 +29,14 @@ def emit(data: dict[str, Any], text: RenderableType, *, as_json: bool, wrap: boo
         sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
     else:
         Console(soft_wrap=not wrap).print(text)
+    sys.stdout.flush()  # what cannot be written is told here
 
 
 def guarded(command: Callable[Arguments, int | None]) -> Callable[Arguments, None]:
-    """*command*, whose result is the exit status; fxopt's errors and warnings in one line each, on stderr."""
+    """*command*, whose result is the exit status; errors and fxopt's warnings in one line each, on stderr.
+
+    ``FXOPT_LOG=debug`` shows where an error comes from that fxopt does not raise on purpose.
+    """
 
     @functools.wraps(command)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -44,17 +50,26 @@ def guarded(command: Callable[Arguments, int | None]) -> Callable[Arguments, Non
                 wrong = isinstance(error, (SpecError, InputError))
                 _fail(error, as_json=as_json)
                 raise typer.Exit(WRONG if wrong else NO) from error
+            except (typer.Exit, BrokenPipeError):  # the latter is whoever reads us being done
+                raise
+            except Exception as error:
+                logging.getLogger("fxopt").debug("the command failed", exc_info=True)
+                _fail(error, as_json=as_json)
+                raise typer.Exit(NO) from error
         if status:
             raise typer.Exit(status)
 
     return run
 
 
-def _fail(error: FxoptError, *, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}, indent=2) + "\n")
-    else:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}")
+def _fail(error: Exception, *, as_json: bool) -> None:
+    found = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    with contextlib.suppress(OSError):  # where nothing can be written any more
+        if as_json:
+            sys.stdout.write(json.dumps(found, indent=2) + "\n")
+            sys.stdout.flush()
+        else:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}")
 
 
 def _show(

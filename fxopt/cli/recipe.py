@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from fxopt.errors import InputError, SpecError
+from fxopt.errors import InputError, SpecError, near_miss
 
 Path_ = tuple[str | int, ...]
 
@@ -64,9 +64,11 @@ def read(path: Path) -> tuple[Recipe, list[Any]]:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = tuple(part for part in first["loc"] if part in _keys(content, first["loc"]))
-        known = f"; known are {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
         name = ".".join(map(str, where)) or "recipe"
-        raise InputError(f"{path}:{_line(lines, where)}: {name}: {first['msg']}{known}") from error
+        problem = f"{name}: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            problem = f"a recipe has no {name!r}.{near_miss(name, Recipe.model_fields)}"
+        raise InputError(f"{path}:{_line(lines, where)}: {problem}") from error
     return recipe, [_pass(path, item, lines, ("passes", i)) for i, item in enumerate(recipe.passes)]
 
 
@@ -107,6 +109,8 @@ def _yaml(path: Path, text: str) -> tuple[Any, dict[Path_, int]]:
         lines.setdefault(where, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
+                if (*where, key.value) in lines:
+                    raise InputError(f"{path}:{key.start_mark.line + 1}: {key.value!r} stands here a second time")
                 lines[(*where, key.value)] = key.start_mark.line + 1
                 visit(value, (*where, key.value))
         elif isinstance(node, yaml.SequenceNode):

@@ -94,6 +94,22 @@ def _leaves(model: fxopt.CompiledModel, files: Sequence[Path]) -> list[Any]:
     return [named[leaf.name] if leaf.is_tensor else leaf.value for leaf in leaves]
 
 
+def _expected(plain: Any, name: str, args: Any, kwargs: Any) -> list[Any]:
+    """The outputs of the model *name*.
+
+    Raises:
+        InputError: it fails on what the artifact takes.
+    """
+    try:
+        with torch.no_grad():
+            return pytree.tree_leaves(plain(*args, **kwargs))
+    except Exception as error:
+        raise InputError(
+            f"MODEL {name!r} fails on inputs of the artifact, which may be of another model: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+
+
 def verify(
     path: str, name: str, data: str | None, cosine: float | None, most: int, *, allow_code: bool, as_json: bool
 ) -> int | None:
@@ -107,9 +123,10 @@ def verify(
     worst, count = checks.Difference(), 0
     for count, leaves in enumerate(batches, 1):
         args, kwargs = pytree.tree_unflatten(list(leaves), signature.in_spec)
-        with torch.no_grad():
-            expected = pytree.tree_leaves(plain(*args, **kwargs))
-        found = checks.compare(expected, pytree.tree_leaves(model(*args, **kwargs)))
+        expected, given = _expected(plain, name, args, kwargs), pytree.tree_leaves(model(*args, **kwargs))
+        if len(expected) != len(given):
+            raise InputError(f"MODEL {name!r} has {len(expected)} outputs and the artifact {len(given)}")
+        found = checks.compare(expected, given)
         worst = found if (found.error, -found.cosine) > (worst.error, -worst.cosine) else worst
         if count == most:
             break

@@ -26,6 +26,24 @@ def other() -> nn.Module:
     return model
 
 
+class Keywords(nn.Module):
+    def forward(self, *, q: torch.Tensor) -> torch.Tensor:
+        return q + 1
+
+
+def keywords() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Keywords(), {"q": X}
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+def twice() -> nn.Module:
+    return Twice()
+
+
 def data() -> list[tuple[torch.Tensor]]:
     return [(torch.randn(8, 3, 16, 16),) for _ in range(8)]
 

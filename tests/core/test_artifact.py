@@ -511,3 +511,32 @@ def test_an_onnx_file_that_reads_elsewhere_is_refused(tmp_path: Path) -> None:
     parts["payload/model.onnx"] = model.SerializeToString()
     with pytest.raises(ArtifactError, match="takes weights from"):
         fxopt.load(sealed(tmp_path / "evil.fxopt", parts))
+
+
+class Sized(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x.shape, {"tail": x.size()[1:], "pair": Pair(x, x.numel())}
+
+
+def test_sizes_stay_sizes(tmp_path: Path) -> None:
+    shapes = {"x": {0: "rows"}}
+    compiled = fxopt.compile(Sized(), example_inputs=(torch.ones(2, 3),), dynamic_shapes=shapes, backend="torch")
+    compiled.save(tmp_path / "m.fxopt")
+    for one in (compiled, fxopt.load(tmp_path / "m.fxopt")):
+        size, rest = one(torch.ones(5, 3))
+        assert type(size) is type(rest["tail"]) is torch.Size
+        assert (size, rest["tail"], rest["pair"].second) == ((5, 3), (3,), 15)
+
+
+def test_long_names_and_links(tmp_path: Path) -> None:
+    compiled = fxopt.compile(Small().eval(), example_inputs=(torch.ones(1, 3, 8, 8),), backend="torch")
+    path, link = tmp_path / f"{'x' * 240}.fxopt", tmp_path / "link.fxopt"
+    compiled.save(path)
+    link.symlink_to(path)
+    before = path.stat().st_ino
+    compiled.save(link)
+    assert link.is_symlink()
+    assert path.stat().st_ino != before
+    fxopt.load(link)
+    with pytest.raises(ArtifactError, match="too long"):
+        compiled.save(tmp_path / f"{'x' * 300}.fxopt")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.artifact.container import PARTIAL
 from fxopt.cache import Cache
 from tests.core.test_cli import answer, call
 
@@ -150,3 +151,57 @@ def test_the_command(tmp_path: Path) -> None:
     assert answer("cache", "--folder", tmp_path, "--clear")["removed"] == 1
     assert answer("cache", "--folder", tmp_path)["models"] == []
     assert answer("cache", "--folder", tmp_path / "none", "--clear")["removed"] == 0
+
+
+def test_what_was_left_behind_goes_and_damage_is_shown(tmp_path: Path) -> None:
+    compiled(tmp_path)
+    left, damaged = tmp_path / f".0123{PARTIAL}", tmp_path / f"{'0' * 64}.fxopt"
+    left.write_bytes(b"half")
+    damaged.write_bytes(b"garbage")
+    compiled(tmp_path, _other_weights())
+    assert left.exists()  # somebody may be at it
+    os.utime(left, (1, 1))
+    compiled(tmp_path, model().double(), X.double())
+    assert not left.exists()
+    left.write_bytes(b"half")
+    assert "damaged: 0000" in call("cache", "--folder", tmp_path)
+    assert len(answer("cache", "--folder", tmp_path)["models"]) == 4
+    call("cache", "--folder", tmp_path, "--clear")
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="not kept in the cache"):
+        compiled(tmp_path / "file" / "folder")
+
+
+def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
+    code = """
+        import resource, signal, torch, fxopt
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        model, x = torch.nn.Linear(500, 500).eval(), torch.ones(1, 500)
+        compiled = fxopt.compile(model, example_inputs=(x,), backend="torch")
+        compiled.save("m.fxopt")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        again = fxopt.compile(model, example_inputs=(x,), backend="torch", cache="cache")
+        assert torch.allclose(again(x), model(x), atol=1e-5)
+        try:
+            compiled.save("m.fxopt")
+        except fxopt.FxoptError as error:
+            print(error)
+        fxopt.load("m.fxopt")(x)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cannot write m.fxopt: no room for its weights" in done.stdout
+    assert "not kept in the cache" in done.stderr
+
+
+def test_a_home_is_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    compiled(Path("~/kept"))
+    assert len(Cache.at(tmp_path / "kept").files()) == 1
+    with pytest.raises(fxopt.InputError, match="True, False or a folder"):
+        fxopt.compile(model(), example_inputs=(X,), cache="")

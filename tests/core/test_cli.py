@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -107,12 +108,13 @@ def test_recipes(name: str, tmp_path: Path) -> None:
             "target: x86\npasses:\n  - prune-channels: {ratoi: 0.5}\n",
             r"r.yaml:3: .*no option 'ratoi'.*Did you mean 'ratio'",
         ),
-        ("target: x86\n\nbakend: torch\n", r"r.yaml:3: bakend: .*known are target"),
+        ("target: x86\n\nbakend: torch\n", r"r.yaml:3: a recipe has no 'bakend'. Did you mean 'backend'"),
         ("passes:\n  - prune-chanels\n", r"r.yaml:2: unknown pass 'prune-chanels'"),
         ("target: x86\npasses: [a: b: c]\n", r"r.yaml:2: "),
         ("verify: 3\n", r"r.yaml:1: verify: .*boolean"),
         ("- target\n", r"r.yaml:1: a recipe is a mapping"),
         ("passes:\n  - {prune-channels: {}, gptq: {}}\n", r"r.yaml:2: write one pass an item"),
+        ("target: x86\nbackend: torch\ntarget: arm\n", r"r.yaml:3: 'target' stands here a second time"),
         ("input: [3]\n", r"r.yaml:1: input.0: .*string"),
     ],
 )
@@ -126,7 +128,7 @@ def test_a_wrong_recipe_is_told_with_its_line(text: str, message: str, tmp_path:
 def test_a_wrong_toml_recipe(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('target = "x86"\n\nbakend = "torch"\n')
     assert (
-        "r.toml:3: bakend"
+        "r.toml:3: a recipe has no 'bakend'"
         in answer("explain", f"{M}:pair", "--recipe", tmp_path / "r.toml", status=2)["error"]["message"]
     )
     (tmp_path / "r.toml").write_text("target = \n")
@@ -232,3 +234,76 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "compile" in call("--help")
     assert call("--version").startswith("fxopt ")
+
+
+def test_models_that_do_not_fit_an_artifact(artifact: Path) -> None:
+    assert "fails on inputs of the artifact" in call("verify", artifact, f"{M}:keywords", status=2)
+    assert answer("verify", artifact, f"{M}:keywords", status=2)["error"]["kind"] == "InputError"
+    assert "2 outputs and the artifact 1" in call("verify", artifact, f"{M}:twice", status=2)
+
+
+def test_what_nobody_foresaw_is_one_line(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.cli.look.report", lambda *args, **kwargs: 1 / 0)
+    assert "ZeroDivisionError: division by zero" in call("report", artifact, status=1)
+    assert answer("report", artifact, status=1)["error"]["kind"] == "ZeroDivisionError"
+
+
+def test_backends_to_measure_are_names(artifact: Path) -> None:
+    assert "unknown backend 'tourch'" in call("bench", f"{M}:pair", "--backends", "torch,tourch", status=2)
+    found = answer("bench", f"{M}:pair", "--backends", " torch , onnx", "--rounds", "1")
+    assert set(found["median_ms"]) == {"eager", "torch", "onnx"}
+
+
+def shell(words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from fxopt.cli import main; main()", *words.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def test_a_terminal_with_few_letters(artifact: Path) -> None:
+    done = shell(f"report {artifact}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "torch" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("option", ["", " --json"])
+def test_output_that_cannot_be_written(artifact: Path, option: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", "from fxopt.cli import main; main()", "report", str(artifact), *option.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("fxopt comp", "compile"),
+        ("fxopt compile m:f --backend o", "onnx"),
+        ("fxopt compile m:f --target a", "arm"),
+        ("fxopt compile m:f --passes gptq,sparsi", "gptq,sparsify-2-4"),
+        ("fxopt bench m:f --backends torch,op", "torch,openvino"),
+    ],
+)
+def test_completion(line: str, word: str) -> None:
+    words = line.split()
+    bash = {"_FXOPT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    assert word in complete(bash)
+
+
+@pytest.mark.parametrize("name", ["zsh", "fish"])
+def test_completion_of_other_shells(name: str) -> None:
+    asked = {"_FXOPT_COMPLETE": f"complete_{name}", "_TYPER_COMPLETE_ARGS": "fxopt compile m:f --backend o"}
+    assert "onnx" in complete({**asked, "_TYPER_COMPLETE_FISH_ACTION": "get-args"})
+    assert "_FXOPT_COMPLETE=complete_" in complete({"_FXOPT_COMPLETE": f"source_{name}"})
+
+
+def complete(environment: dict[str, str]) -> str:
+    code = (
+        "import sys; from fxopt.cli import main\nsys.argv = ['fxopt']\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    assert "AssertionError" not in done.stderr
+    return done.stdout
