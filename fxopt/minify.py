@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxopt import ops
 from fxopt.backend import Backend
 from fxopt.calibration import Calibration
 from fxopt.capture import capture
@@ -63,6 +64,10 @@ def minify(
     """
     args = as_args(example_inputs) or ()
     captured = capture(model, args, None, None)
+    for node in list(captured.program.graph.nodes):
+        if node.op == "call_function" and ops.packet(node) == "_assert_tensor_metadata":  # as canonicalize does
+            captured.program.graph.erase_node(node)
+    captured.program.remove_dead()
     whole = captured.program.to_module()
     inputs = [x for x in captured.inputs if isinstance(x, torch.Tensor)]
     if len(inputs) != len(captured.inputs):

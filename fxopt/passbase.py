@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
@@ -173,6 +173,11 @@ class Pass(abc.ABC):
     def untrainable(self) -> str | None:
         """Why ``fxopt.prepare`` cannot take this pass, since what it leaves cannot be trained; None where it can."""
         return None
+
+    @classmethod
+    def recall(cls, told: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``rewriter.details`` held, from its ``to_plain()`` in an artifact; topics without one are not there."""
+        return {}
 
     @abc.abstractmethod
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:

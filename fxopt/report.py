@@ -100,7 +100,7 @@ class Report:
         parameters: floating-point weight elements (captured, final).
         macs: multiply-accumulates of one run on the example inputs (captured, final).
         bytes: weight bytes (captured, final).
-        packed_bytes: weight bytes where those with N:M sparsity are packed, as ``save('m.fxopt')`` does.
+        packed_bytes: weight bytes as ``save('m.fxopt')`` packs them: N:M sparsity, and two numbers of four bits a byte.
         latency_ms: median latency on the example inputs, "eager" and "fxopt"; empty where nothing can run here.
         candidates: for ``backend="auto"``, what each backend measured in ms, or why it was not taken.
         seconds: time spent by stage ("capture", "passes", "lower", "measure").
@@ -193,7 +193,7 @@ class Report:
         table.add_row("weights", bytes_text(self.bytes[0]), bytes_text(self.bytes[1]), ratio_text(*self.bytes))
         if 0 < self.packed_bytes < self.bytes[1]:
             packed = (self.bytes[0], self.packed_bytes)
-            table.add_row("weights, zeros packed", bytes_text(packed[0]), bytes_text(packed[1]), ratio_text(*packed))
+            table.add_row("weights, packed", bytes_text(packed[0]), bytes_text(packed[1]), ratio_text(*packed))
         if {"eager", "fxopt"} <= self.latency_ms.keys():
             a, b = self.latency_ms["eager"], self.latency_ms["fxopt"]
             table.add_row("latency", f"{a:.2f} ms", Text(f"{b:.2f} ms", "bold"), Text(speed_text(a, b), "bold"))

@@ -19,6 +19,7 @@ from fxopt.errors import ArtifactError
 from fxopt.sparsity import Pattern, like, matrix
 
 PATTERNS = (Pattern(1, 4), Pattern(2, 4), Pattern(2, 8), Pattern(4, 8), Pattern(1, 2), Pattern(8, 16), Pattern(4, 16))
+_FEW = 64  # numbers; fewer are not worth packing as four bits
 _PACKABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -97,13 +98,23 @@ def smallest(weight: torch.Tensor) -> Packed | None:
 
 
 def saving(tensors: Mapping[str, torch.Tensor]) -> int:
-    """How many bytes fewer *tensors* take when they are packed, shared ones counted once."""
+    """How many bytes fewer *tensors* take in an artifact: N:M packed, or two numbers of four bits to a byte."""
     saved = dict[int, int]()
     for tensor in tensors.values():
         if tensor.layout == torch.strided and tensor.dtype in _PACKABLE:
             sizes = [_packed_bytes(tensor, pattern) for pattern in PATTERNS if pattern.holds(tensor)]
+            if min(sizes, default=tensor.nbytes) >= tensor.nbytes and fits_4_bits(tensor):
+                sizes.append(-(-tensor.numel() // 2))
             saved[tensor.data_ptr()] = max(0, tensor.nbytes - min(sizes, default=tensor.nbytes))
     return sum(saved.values())
+
+
+def fits_4_bits(tensor: torch.Tensor) -> bool:
+    """Whether *tensor* is int8, not small, and holds nothing that four bits would not."""
+    if tensor.dtype is not torch.int8 or tensor.numel() < _FEW:
+        return False
+    low, high = tensor.aminmax()
+    return int(low) >= -8 and int(high) <= 7
 
 
 def _packed_bytes(weight: torch.Tensor, pattern: Pattern) -> int:

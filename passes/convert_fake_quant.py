@@ -11,7 +11,8 @@ that fits.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -20,6 +21,7 @@ from fxopt import ops, quantized
 from fxopt.fake_quant import FAKE_QUANTIZED
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import calibrate, trained
+from fxopt.passes.insert_fake_quant.quality import Quality
 from fxopt.program import Program
 from fxopt.rewriter import Rewriter
 
@@ -45,6 +47,10 @@ class ConvertFakeQuant(Pass):
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """In the end weights become integers."""
         return (), ("freeze-quantized-weights",)
+
+    @classmethod
+    def recall(cls, told: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102 - as in Pass
+        return {"quantization": Quality.from_plain(told["quantization"])} if "quantization" in told else {}
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Activations first: they tell which convs and linears are quantized."""

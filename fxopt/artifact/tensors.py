@@ -22,7 +22,7 @@ import torch
 
 from fxopt.errors import ArtifactError
 from fxopt.memory import layout
-from fxopt.sparse_packing import Packed, smallest
+from fxopt.sparse_packing import Packed, fits_4_bits, smallest
 from fxopt.sparsity import Pattern
 
 _DTYPES = {
@@ -85,7 +85,7 @@ def _write(name: str, tensor: torch.Tensor, parts: dict[str, torch.Tensor]) -> d
         if packed.negative is not None:
             parts[f"{name}#negative"] = packed.negative
         return {"shape": list(packed.shape), "pattern": [packed.pattern.n, packed.pattern.m]}
-    if tensor.dtype is torch.int8 and tensor.numel() >= _FEW and _fits_4_bits(tensor):
+    if fits_4_bits(tensor):
         parts[f"{name}#4"] = _to_nibbles(tensor)
         return {"shape": list(tensor.shape), "bits": 4}
     kind, order = layout(tensor)
@@ -102,11 +102,6 @@ def _is_one_number(tensor: torch.Tensor) -> bool:
     flat = tensor.reshape(-1, 1).clone(memory_format=torch.contiguous_format)  # axes of size 1 may have any stride
     bits = flat.view(torch.uint8)
     return bool((bits == bits[0]).all())
-
-
-def _fits_4_bits(tensor: torch.Tensor) -> bool:
-    low, high = tensor.aminmax()
-    return int(low) >= -8 and int(high) <= 7
 
 
 def _to_nibbles(tensor: torch.Tensor) -> torch.Tensor:

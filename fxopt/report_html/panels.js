@@ -17,7 +17,7 @@ function summaryPanel({ report, passes, outputs, profile }) {
     ours ? tile("Latency", `${format.ms(ours)} ms`, eager ? `${format.ratio(eager, ours, "faster", "slower")} (eager ${format.ms(eager)} ms)` : "", true)
       : tile("Latency", "not measured", "compiled for another machine"),
     tile("Weights", format.bytes(bytes[1]), `${format.ratio(bytes[0], bytes[1], "smaller", "larger")} (${format.bytes(bytes[0])})`
-      + (packed && packed < bytes[1] ? `; ${format.bytes(packed)} with zeros packed` : "")),
+      + (packed && packed < 0.99 * bytes[1] ? `; ${format.bytes(packed)} in a .fxopt file` : "")),
     tile("MACs", format.si(report.macs[1]), report.macs[0] === report.macs[1] ? "as captured" : `of ${format.si(report.macs[0])}`),
     tile("Parameters", format.si(report.parameters[1]), report.parameters[0] === report.parameters[1] ? "as captured" : `of ${format.si(report.parameters[0])}`),
     tile("Error", error ?? "–", error === null ? "not compared" : "of the output's range, against eager"),

@@ -12,11 +12,13 @@ kept back, and where too much was lost the user is warned, or gets an error, or 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from fxopt.errors import PreconditionError, SpecError
 from fxopt.passbase import Pass, PassContext
 from fxopt.passes.insert_fake_quant import qat, sensitivity
+from fxopt.passes.insert_fake_quant.quality import Quality
 from fxopt.passes.insert_fake_quant.quantization import Quantization
 from fxopt.passes.insert_fake_quant.scheme import named
 from fxopt.rewriter import Rewriter
@@ -109,6 +111,10 @@ class InsertFakeQuant(Pass):
     def sensitivity(self, rewriter: Rewriter, ctx: PassContext) -> Sensitivity:
         """What :func:`fxopt.sensitivity` tells, on a graph that is ready for this pass."""
         return sensitivity.measure(self, rewriter, ctx)
+
+    @classmethod
+    def recall(cls, told: Mapping[str, Any]) -> dict[str, Any]:  # noqa: D102 - as in Pass
+        return {"quantization": Quality.from_plain(told["quantization"])} if "quantization" in told else {}
 
     def run(self, rewriter: Rewriter, ctx: PassContext) -> None:
         """Place, calibrate, insert, check.

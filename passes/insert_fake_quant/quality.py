@@ -94,6 +94,17 @@ class Quality:
     layers: tuple[LayerQuality, ...]
     histograms: Mapping[str, LayerHistogram] = dataclasses.field(default_factory=dict)
 
+    def to_plain(self) -> dict[str, Any]:
+        """As dicts, tuples and numbers, without the histograms."""
+        outputs, layers = (tuple(map(dataclasses.astuple, some)) for some in (self.outputs, self.layers))
+        return {"scheme": self.scheme, "outputs": outputs, "layers": layers}
+
+    @staticmethod
+    def from_plain(entry: Mapping[str, Any]) -> Quality:
+        """What :meth:`to_plain` gave."""
+        outputs = tuple(OutputQuality(*one) for one in entry["outputs"])
+        return Quality(str(entry["scheme"]), outputs, tuple(LayerQuality(*one) for one in entry["layers"]))
+
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the histograms; see :func:`pictures.plot`."""
         plot(list(self.histograms.values()), path)

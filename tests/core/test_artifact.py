@@ -540,3 +540,30 @@ def test_long_names_and_links(tmp_path: Path) -> None:
     fxopt.load(link)
     with pytest.raises(ArtifactError, match="too long"):
         compiled.save(tmp_path / f"{'x' * 300}.fxopt")
+
+
+def test_a_loaded_report_has_quantization_and_profile(tmp_path: Path) -> None:
+    data = [(torch.randn(4, 3, 32, 32),) for _ in range(4)]
+    compiled = fxopt.compile(
+        Small().eval(), example_inputs=data[0], passes="insert-fake-quant", calibration=data, backend="torch"
+    )
+    compiled.profile(data[0], runs=3)
+    compiled.save(tmp_path / "m.fxopt")
+    report = fxopt.load(tmp_path / "m.fxopt").report
+    assert report.profile == compiled.report.profile
+    assert report.quantization.outputs == compiled.report.quantization.outputs
+    assert str(report.quantization) == str(compiled.report.quantization)
+    fxopt.load(tmp_path / "m.fxopt").save(tmp_path / "n.fxopt")
+    assert str(fxopt.load(tmp_path / "n.fxopt").report.quantization) == str(report.quantization)
+
+
+def test_the_report_counts_four_bits_as_the_file_does(tmp_path: Path) -> None:
+    passes = "insert-fake-quant{activations=none,weights=int4}"
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).eval()
+    compiled = fxopt.compile(model, example_inputs=(torch.randn(2, 256),), passes=passes, backend="torch")
+    compiled.save(tmp_path / "m.fxopt")
+    with zipfile.ZipFile(tmp_path / "m.fxopt") as archive:
+        weights = archive.getinfo("weights.safetensors").file_size
+    assert compiled.report.bytes[1] - compiled.report.packed_bytes == 256 * 256
+    assert 0.9 < weights / compiled.report.packed_bytes < 1.02  # equal zero points take less still
+    assert "weights, packed" in str(compiled.report)

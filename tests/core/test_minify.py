@@ -57,7 +57,7 @@ def test_the_smallest_part_is_a_script_that_fails_alike(tmp_path: Path) -> None:
 
     class Net(Deep):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.softplus(super().forward(x)).mean()
+            return torch.nn.functional.softplus(super().forward(x).to(torch.float64).float()).mean()
 
     script = fxopt.minify(Net(), (X,), backend=NoSoftplus(), folder=tmp_path / "repro")
     text = script.read_text()
