@@ -117,8 +117,16 @@ class TvmBackend(Backend):
         from fxopt.backends import _tvm_mixed
         from fxopt.backends._tvm_target import machine
 
-        machine(target)  # where there is none, no part of the model can be compiled
+        if target.name == "cuda":
+            self._check_for_gpu()
+        else:
+            machine(target)  # where there is none, no part of the model can be compiled
         return _tvm_mixed.lower(self, program, target)
+
+    def _check_for_gpu(self) -> None:
+        for option in ("mixed", "tune"):
+            if getattr(self, option):
+                raise UnsupportedOp(f"the tvm backend has no option {option!r} for target 'cuda': leave it out")
 
     def check(self, file: OnnxFile) -> None:
         """That TVM knows the operators of *file*.
@@ -142,6 +150,8 @@ class TvmBackend(Backend):
         from fxopt.backends import _tvm_build
         from fxopt.backends._tvm_target import machine
 
+        if target.name == "cuda":
+            return _for_gpu(file, target)
         facts = machine(target)
         with _explained(file):
             tiles, remark = self._tiles(file, target, facts)
@@ -179,6 +189,8 @@ class TvmBackend(Backend):
         from fxopt.backends._tvm_workloads import Tiles
 
         file, library = OnnxFile.restored(folder, facts), Path(folder.name) / LIBRARY
+        if target.name == "cuda":
+            return _for_gpu(file, target)
         with _explained(file):
             tiles = Tiles.restored(facts.get("tiles", {}))
             if facts.get("versions") == _tvm_build.versions() and library.is_file() and runs_here(target):
@@ -186,6 +198,13 @@ class TvmBackend(Backend):
             else:
                 built = _tvm_build.build(file, machine(target), tiles)
             return TvmExecutable(file, target, built, self.threads)
+
+
+def _for_gpu(file: OnnxFile, target: Target) -> Executable:
+    from fxopt.backends import _tvm_cuda
+
+    with _explained(file):
+        return _tvm_cuda.CudaExecutable(file, target, _tvm_cuda.build(file, target))
 
 
 @contextlib.contextmanager
