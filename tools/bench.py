@@ -67,13 +67,15 @@ class Row:
         return self.seconds[name] / self.seconds[peer] if name in self.seconds and peer in self.seconds else None
 
 
-def measure(model: str, names: Sequence[str], *, threads: int, rounds: int, calls: int, limit_s: float) -> Row:
+def measure(
+    model: str, names: Sequence[str], *, threads: int, rounds: int, calls: int, limit_s: float, trials: int
+) -> Row:
     """Builds all contestants for one model, then times them in rounds."""
     torch.set_num_threads(threads)
     eager, inputs = models.load(model)
     row = Row(model)
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(eager, inputs, threads, Path(folder))
+        subject = Subject(eager, inputs, threads, Path(folder), trials)
         built: dict[str, Built] = {}
         for name in names:
             print(f"{model}: building {name}", file=sys.stderr)
@@ -171,6 +173,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--build-limit", type=float, default=300.0, help="seconds that one contestant may take to build"
     )
+    parser.add_argument("--trials", type=int, default=128, help="measurements of the contestants that tune")
     parser.add_argument("--compile-time", action="store_true", help="compile seconds by stage, and growth with size")
     parser.add_argument("--memory", action="store_true", help="peak memory of compiling a model of 1 GB")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -188,8 +191,8 @@ def _latency(options: argparse.Namespace) -> tuple[str, object]:
     warm_up(names, options.threads)
     rows = []
     for model in options.models.split(","):
-        limits = {"rounds": options.rounds, "calls": options.calls, "limit_s": options.build_limit}
-        rows.append(measure(model.strip(), names, threads=options.threads, **limits))
+        limits = {"rounds": options.rounds, "calls": options.calls, "trials": options.trials}
+        rows.append(measure(model.strip(), names, threads=options.threads, limit_s=options.build_limit, **limits))
         free_memory()
         plot(rows, names, options.output / f"{_latency_name(options)}.png")
         text, data = latency_table(rows, names), [vars(row) for row in rows]

@@ -43,12 +43,14 @@ class Subject:
         inputs: positional inputs.
         threads: number of threads of every engine.
         folder: for files.
+        trials: measurements of those that tune.
     """
 
     model: nn.Module
     inputs: tuple[torch.Tensor, ...]
     threads: int
     folder: Path
+    trials: int = 128
     _onnx: Path | None = field(default=None, init=False)
 
     @property
@@ -150,6 +152,22 @@ def with_fxopt(subject: Subject, *, backend: str, passes: str | None = None, **o
     return lambda: compiled(*subject.inputs)
 
 
+def tuned(subject: Subject) -> Call:
+    """Fxopt on TVM after as many trials as the subject says, from nothing."""
+    database = subject.folder / "tuning.jsonl"
+    database.unlink(missing_ok=True)
+    return with_fxopt(subject, backend="tvm", tune={"trials": subject.trials, "database": database})
+
+
+def metaschedule(subject: Subject) -> Call:
+    """TVM's importer, operators and tuner."""
+    from tools import metaschedule
+
+    run = metaschedule.tuned(subject.onnx, subject.folder / "metaschedule", subject.trials, subject.threads)
+    inputs = list(subject.arrays().values())
+    return lambda: run(inputs)
+
+
 CONTESTANTS: dict[str, Callable[[Subject], Call]] = {
     "eager": eager,
     "inductor": inductor,
@@ -182,8 +200,9 @@ CHOSEN: dict[str, Callable[[Subject], Call]] = {
     f"fxopt {backend} by latency": functools.partial(with_fxopt, backend=backend, passes=BY_LATENCY)
     for backend in ("torch", "onnx", "openvino")
 }
-"""They measure while they build, a minute or two each, and run only where they are named."""
-ALL = {**CONTESTANTS, **INT8, **CHOSEN}
+TUNED: dict[str, Callable[[Subject], Call]] = {"fxopt tvm tuned": tuned, "tvm metaschedule": metaschedule}
+ALL = {**CONTESTANTS, **INT8, **CHOSEN, **TUNED}
+"""Those of CHOSEN and TUNED measure while they build, for minutes, and run only where they are named."""
 
 PEERS: dict[str, tuple[str, ...]] = {
     "fxopt torch": ("inductor",),
@@ -192,6 +211,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "fxopt openvino": ("openvino",),
     "fxopt openvino bf16": ("openvino bf16",),
     "fxopt tvm": ("onnxruntime",),
+    "fxopt tvm tuned": ("onnxruntime",),
     "fxopt auto": ("inductor", "onnxruntime", "openvino"),
     "fxopt torch int8": ("torchao inductor int8", "onnxruntime int8", "onnxruntime int8 dynamic"),
     "fxopt onnx int8": ("onnxruntime int8", "onnxruntime int8 dynamic"),
