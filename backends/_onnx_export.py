@@ -122,8 +122,25 @@ def _refuse(program: Program) -> None:
         lines = dict.fromkeys(onnx_graph.located(node) for node in draws)
         nodes = {origin(n): "it draws random numbers" for n in draws if n.graph is program.graph}
         raise UnsupportedOp(f"{', '.join(lines)} draws random numbers, which torch.manual_seed must govern", nodes)
+    open_bins = [node for node in onnx_graph.all_nodes(program) if _pools_open_sizes(node)]
+    if open_bins:
+        lines = dict.fromkeys(onnx_graph.located(node) for node in open_bins)
+        why = "pools a dimension of open size into several parts, and windows in ONNX have fixed sizes"
+        nodes = {origin(n): why for n in open_bins if n.graph is program.graph}
+        raise UnsupportedOp(f"{', '.join(lines)} {why}: use backend='torch'", nodes)
     if not any(isinstance(result, fx.Node) for result in program.output.args[0]):  # type: ignore[union-attr]
         raise UnsupportedOp("the model returns no tensor, so there is nothing for an ONNX session to compute")
+
+
+def _pools_open_sizes(node: fx.Node) -> bool:
+    """Whether *node* is adaptive pooling whose windows depend on a size that is open: the exporter would fix them."""
+    if not ops.packet(node).startswith("adaptive_"):
+        return False
+    parts: Any = ops.arguments(node)["output_size"]
+    source: Any = node.args[0]
+    parts = [parts] if isinstance(parts, int) else list(parts)
+    sizes = source.meta["val"].shape[-len(parts) :]
+    return any(part != 1 for part in parts) and not all(isinstance(size, int) for size in sizes)
 
 
 def _interface(program: Program, bounds: Mapping[int, Bound]) -> Interface:

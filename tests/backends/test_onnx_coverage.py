@@ -151,3 +151,23 @@ def test_an_op_without_any_translation_is_named_with_its_source_line(backend: st
 def test_random_numbers_are_declined_still(backend: str) -> None:
     with pytest.raises(UnsupportedOp, match="draws random numbers"):
         fxopt.compile(Function(lambda x: x + torch.rand_like(x)), example_inputs=(torch.rand(4),), backend=backend)
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    "pool", [nn.AdaptiveAvgPool2d((1, 2)), nn.AdaptiveMaxPool2d(2), nn.AdaptiveAvgPool2d((None, 3))]
+)
+def test_windows_of_open_size_are_refused(pool: nn.Module, backend: str) -> None:
+    x, columns = torch.randn(2, 3, 8, 8), ({3: "columns"},)
+    with pytest.raises(UnsupportedOp, match=r"adaptive_.*_pool2d.* pools a dimension of open size into several parts"):
+        fxopt.compile(pool, example_inputs=(x,), backend=backend, dynamic_shapes=columns)
+    compiled = fxopt.compile(pool, example_inputs=(x,), dynamic_shapes=columns)  # another engine takes it
+    other = torch.randn(2, 3, 8, 11)
+    torch.testing.assert_close(compiled(other), pool(other))
+
+
+@ENGINES
+def test_one_window_of_open_size(backend: str) -> None:
+    x, other, shapes = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 11), ({3: "columns"},)
+    for pool in (nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)):
+        assert_like_eager(pool, x, other, backend=backend, dynamic_shapes=shapes)
