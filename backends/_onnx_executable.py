@@ -26,8 +26,9 @@ class FileExecutable(Executable):
     engine: ClassVar[str]
     product: ClassVar[str] = "model.onnx"
 
-    def __init__(self, file: OnnxFile, target: Target, *, runs_here: bool) -> None:
-        """For a machine that this one is not, the file is all there is."""
+    def __init__(self, file: OnnxFile, target: Target, *, runs_here: bool, obstacle: str = "") -> None:
+        """For a machine that this one is not, or where something is missing, the file is all there is."""
+        self.obstacle = obstacle
         self._file = file
         self._target = target
         self._runs_here = runs_here
@@ -41,7 +42,7 @@ class FileExecutable(Executable):
             FxoptError: the engine failed; the message names the user's op where it is known.
         """
         if not self._runs_here:
-            why = self._target.obstacle or "this backend drives it on the CPU"
+            why = self._target.obstacle or self.obstacle or "this backend drives it on the CPU"
             raise BackendUnavailable(
                 f"this model was compiled for target '{self._target}', which {self.engine} cannot run here, since "
                 f"{why}: save it with .save({self.product!r}) and run that file there"

@@ -249,7 +249,9 @@ class CudaExecutable(FileExecutable):
     product: ClassVar[str] = "model.so"
 
     def __init__(self, file: OnnxFile, target: Target, built: CudaBuilt) -> None:
-        super().__init__(file, target, runs_here=target.runs_here)
+        missing = target.runs_here and not tvm.cuda(0).exist
+        obstacle = "TVM's CUDA runtime cannot be loaded, which needs libcudart.so.13 of CUDA 13" if missing else ""
+        super().__init__(file, target, runs_here=target.runs_here and not missing, obstacle=obstacle)
         self.notes = (f"PTX for {target.llvm['mcpu']} and later, without tensor cores", *built.notes)
         self._built = built
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from fxopt import ops
 from fxopt.backend import Backend, Executable, check_threads
+from fxopt.backends import _onnx_cuda
 from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_export import export, of_dtype
 from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._onnx_graph import all_nodes, located
-from fxopt.errors import UnsupportedOp
+from fxopt.errors import SpecError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target
 
@@ -35,9 +36,9 @@ class OnnxExecutable(FileExecutable):
 
     engine: ClassVar[str] = "onnxruntime"
 
-    def __init__(self, file: OnnxFile, target: Target, session: Any) -> None:
-        """*session* is None where the target cannot run here."""
-        super().__init__(file, target, runs_here=session is not None)
+    def __init__(self, file: OnnxFile, target: Target, session: Any, obstacle: str = "") -> None:
+        """*session* is None where the target cannot run here, or something is missing for it."""
+        super().__init__(file, target, runs_here=session is not None, obstacle=obstacle)
         self._session = session
         if session is not None:
             self._names = [output.name for output in session.get_outputs()]
@@ -45,6 +46,8 @@ class OnnxExecutable(FileExecutable):
             self._plain = not any(kind == "tensor(bfloat16)" or "float8" in kind for kind in kinds)
 
     def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        if any(x.is_cuda for x in feed.values()):
+            return _onnx_cuda.run(self._session, self._names, feed)
         if not self._plain:
             return self._run_values(feed)
         outputs = self._session.run(self._names, {name: x.numpy() for name, x in feed.items()})
@@ -77,11 +80,12 @@ def _from_ort_value(y: Any) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxBackend(Backend):
-    """Exports to ONNX and runs the file with onnxruntime on the CPU.
+    """Exports to ONNX and runs the file with onnxruntime, on the CPU or for target "cuda" on a GPU.
 
     Attributes:
         threads: threads for one call; None for as many as torch uses.
         opset: version of the ONNX operators, 18 to 23; None for 20, or 22 where something is bf16.
+        provider: what of onnxruntime runs it for target "cuda": "cuda", or "tensorrt" and "cuda" for what that leaves.
     """
 
     name: ClassVar[str] = "onnx"
@@ -89,9 +93,12 @@ class OnnxBackend(Backend):
     install: ClassVar[str] = "onnx onnxscript onnxruntime"
     threads: int | None = None
     opset: int | None = None
+    provider: Literal["cuda", "tensorrt"] = "cuda"
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        if self.provider not in _onnx_cuda.PROVIDERS:
+            raise SpecError(f"provider must be 'cuda' or 'tensorrt', not {self.provider!r}")
 
     def lower(self, program: Program, target: Target, inputs: Sequence[Any]) -> Executable:
         """The program as a session over an ONNX file; weights move from the program into the file.
@@ -105,7 +112,7 @@ class OnnxBackend(Backend):
         if here:
             _refuse_bf16(program)
         file = export(program, self.opset, explicit=target.name == "cuda")
-        return OnnxExecutable(file, target, self._session(file) if here else None)
+        return self._executable(file, target)
 
     def restore(self, folder: TemporaryDirectory[str], facts: Mapping[str, Any], target: Target) -> Executable:
         """The model of an artifact.
@@ -114,7 +121,15 @@ class OnnxBackend(Backend):
             ArtifactError: its file is not sound. UnsupportedOp: this onnxruntime cannot run it.
         """
         file = OnnxFile.restored(folder, facts)
-        return OnnxExecutable(file, target, self._session(file) if runs_here(target) else None)
+        return self._executable(file, target)
+
+    def _executable(self, file: OnnxFile, target: Target) -> OnnxExecutable:
+        if target.name != "cuda" or not target.runs_here:
+            return OnnxExecutable(file, target, self._session(file) if runs_here(target) else None)
+        opened = _onnx_cuda.opened(file, self.provider, torch.cuda.current_device())
+        executable = OnnxExecutable(file, target, opened.session, opened.obstacle)
+        executable.notes = opened.notes
+        return executable
 
     def _session(self, file: OnnxFile) -> Any:
         import onnxruntime

@@ -45,9 +45,11 @@ class Executable(abc.ABC):
 
     Attributes:
         notes: remarks for the report, such as which kernels compute what.
+        obstacle: what is missing to run it, on a machine of the target's kind; "" where nothing is.
     """
 
     notes: tuple[str, ...] = ()
+    obstacle: str = ""
 
     @abc.abstractmethod
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:

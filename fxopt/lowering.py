@@ -96,7 +96,7 @@ class Lowering:
         """The variant on the one backend that the user chose."""
         assert isinstance(self.plan.backend, Backend)
         variant = self._lower(self.plan.backend, self._state(self.plan.backend))
-        if self.plan.target.runs_here and self.plan.timed:
+        if self.plan.target.runs_here and self.plan.timed and not variant.executable.obstacle:
             with self.stages.stage("measure"):
                 self.latency_ms["fxopt"] = self._latency(variant)
         return self._finish(variant)
@@ -111,9 +111,10 @@ class Lowering:
                 if best is not None and cls.last_resort:
                     continue
                 cls.require()
-                state = self._state(cls())
-                state = dataclasses.replace(state, program=state.program.copy())  # each engine consumes its own
-                variant = self._lower(cls(), state)
+                state = self._state(cls())  # each engine consumes a program of its own
+                variant = self._lower(cls(), dataclasses.replace(state, program=state.program.copy()))
+                if variant.executable.obstacle:
+                    raise BackendUnavailable(variant.executable.obstacle)
             except (BackendUnavailable, UnsupportedOp) as error:
                 self.candidates[name] = str(error)
                 continue
@@ -157,7 +158,7 @@ class Lowering:
         LOG.info("lowered to %s", backend.name)
         options = dataclasses.asdict(backend)
         variant = Variant(program, executable, backend.name, report, options)
-        if self.expected is not None and not self._random:
+        if self.expected is not None and not self._random and not executable.obstacle:
             self._check(variant)
         return variant
 
@@ -238,7 +239,7 @@ class Lowering:
         return latency_ms(lambda: variant.executable(inputs))
 
     def _finish(self, variant: Variant) -> Variant:
-        if not self.plan.target.runs_here:
+        if not self.plan.target.runs_here or variant.executable.obstacle:
             return variant
         with self.stages.stage("measure"):
             outputs = variant.executable(self.captured.inputs)[: len(self.captured.reference)]

@@ -210,6 +210,15 @@ def test_everything_compiles_and_a_call_says_what_is_missing(passes: str | None,
             model(x)
 
 
+@NO_GPU
+def test_a_runtime_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    compiled = fxopt.compile(nn.ReLU(), target="sm_80", backend="tvm", example_inputs=(torch.randn(3),))
+    with pytest.raises(fxopt.BackendUnavailable, match="TVM's CUDA runtime cannot be loaded"):
+        compiled(torch.randn(3))
+
+
 def test_files_hold_host_code_kernels_and_plain_weights(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 16))
     compiled = fxopt.compile(model, target="sm_90", backend="tvm", example_inputs=(torch.randn(2, 64),))
