@@ -135,12 +135,15 @@ class Built:
     def save(self, path: Path) -> None:
         """Write the library to *path* (.so or .tar) and the parameters beside it.
 
-        They load without fxopt and torch::
+        They load without fxopt, torch and TVM's compiler (``TVM_USE_RUNTIME_LIB=1`` keeps that out)::
+
+            import tvm
+            from tvm.runtime.vm import VirtualMachine
 
             library = tvm.runtime.load_module("model.so")
             parameters = tvm.runtime.load_param_dict_from_file("model.params")
-            main = tvm.relax.VirtualMachine(library, tvm.cpu())["main"]
-            y = main(x, *(parameters[str(i)] for i in range(len(parameters))))
+            main = VirtualMachine(library, tvm.cpu())["main"]
+            y = main(tvm.runtime.tensor(x), *(parameters[str(i)] for i in range(len(parameters)))).numpy()
 
         Raises:
             ArtifactError: another suffix, no linker, or the files cannot be written.

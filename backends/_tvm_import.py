@@ -2,6 +2,7 @@
 
 Clip: TVM tests the bounds for NaN and writes loops; ours are two operators that layouts and fusion understand.
 Gather: TVM computes the size of an axis when the model runs; ours is known, or the axis is dynamic.
+Slice: TVM compares the size of a dynamic axis with 2⁶³ when the model runs.
 DequantizeLinear: TVM knows no blocks; ours makes floats of constants, four bits are eight before that.
 """
 
@@ -21,6 +22,8 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_conver
 
 from fxopt.backends._tvm_sizes import as_tensor, compute, known
 from fxopt.errors import UnsupportedOp
+
+_END = 2**31 - 1  # slices that go at least so far go to the end
 
 
 def from_onnx(model: Any, origins: Mapping[str, str]) -> Any:
@@ -159,6 +162,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             "Gather": _gather,
             "MatMulInteger": _matmul_integer,
             "Shape": _shape,
+            "Slice": _slice,
             "Range": _range,
         }.get(op_name)
         made = ours(self.bb, inputs, attrs) if ours is not None else None
@@ -237,6 +241,21 @@ def _shape(bb: Any, inputs: Any, attrs: Any) -> Any:
     if shape is None or not isinstance(inputs[0].ty, relax.TensorType):
         return None
     return relax.ShapeExpr(list(shape)[attrs.get("start", 0) : attrs.get("end")])
+
+
+def _slice(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """Axes of which all is taken are left as they are; of a dynamic one TVM would take the shorter of it and of 2⁶³."""
+    limits: list[Any] = [_constant(value) for value in inputs[1:]]
+    if not isinstance(inputs[0].ty, relax.TensorType) or any(limit is None for limit in limits):
+        return None
+    count = len(limits[0])
+    limits += [np.arange(count), np.ones(count, np.int64)][len(limits) - 2 :]
+    starts, ends, axes, steps = limits
+    kept = np.flatnonzero((starts != 0) | (ends < _END) | (steps != 1))
+    if not kept.size:
+        return inputs[0]
+    inputs[1:] = [relax.const(part[kept], "int64") for part in limits]
+    return None
 
 
 def _matmul_integer(bb: Any, inputs: Any, attrs: Any) -> Any:

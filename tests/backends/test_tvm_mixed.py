@@ -96,9 +96,13 @@ def test_a_cnn_with_a_fourier_layer_and_a_dynamic_batch() -> None:
         same(model, mixed, torch.randn(batch, 3, 8, 8))
 
 
-def test_the_report_tells_what_runs_where_and_why() -> None:
-    mixed = compiled(Filtered(), torch.randn(2, 3, 8, 8))
-    notes = mixed.report.notes
+@pytest.fixture(scope="module")
+def filtered() -> fxopt.CompiledModel:
+    return compiled(Filtered(), torch.randn(2, 3, 8, 8))
+
+
+def test_the_report_tells_what_runs_where_and_why(filtered: fxopt.CompiledModel) -> None:
+    notes = filtered.report.notes
     assert re.fullmatch(r"\d+ ops in 2 parts on TVM, \d+ in 2 parts on PyTorch", notes[0])
     assert any(f"test_tvm_mixed.py:{line_of('filter')} (TVM has no importer for DFT)" in note for note in notes)
     assert any("aten.special_bessel_j0" in note and f":{line_of('bessel')} (ONNX" in note for note in notes)
@@ -267,6 +271,7 @@ class Halves(nn.Module):
         return torch.add(z, y.mean((2, 3), keepdim=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_sizes_that_are_expressions_cross_borders(multiple: int) -> None:
     torch.manual_seed(0)
@@ -361,6 +366,7 @@ class LowPrecision(nn.Module):
         return self.b(torch.cummax(self.a(x), 1)[0])  # cummax
 
 
+@pytest.mark.slow
 def test_bfloat16_crosses_borders() -> None:
     torch.manual_seed(0)
     model, x = LowPrecision(), torch.randn(4, 16).bfloat16()
@@ -382,6 +388,7 @@ class Loop(nn.Module):
         return z
 
 
+@pytest.mark.slow
 def test_loops_and_branches() -> None:
     torch.manual_seed(0)
     model = Loop()
@@ -431,8 +438,8 @@ def test_the_weights_are_held_once() -> None:
     assert not [t for t in mixed._current("program").program.tensors().values() if t.dim() > 1]
 
 
-def test_values_are_let_go_after_their_last_part() -> None:
-    mixed = executable(compiled(Filtered(), torch.randn(2, 3, 8, 8)))
+def test_values_are_let_go_after_their_last_part(filtered: fxopt.CompiledModel) -> None:
+    mixed = executable(filtered)
     read = [set(step.reads) | set(step.gives) for step in mixed.steps]
     dying = [set(names) for names in mixed._dying]
     assert [names for names in dying if names]
@@ -441,15 +448,14 @@ def test_values_are_let_go_after_their_last_part() -> None:
         assert not any(names & later for later in read[i + 1 :])
 
 
-def test_concurrent_calls_and_results_of_earlier_ones() -> None:
-    mixed = compiled(Filtered(), torch.randn(2, 3, 8, 8))
+def test_concurrent_calls_and_results_of_earlier_ones(filtered: fxopt.CompiledModel) -> None:
     images = [torch.randn(2, 3, 8, 8) for _ in range(3)]
-    expected = [mixed(image) for image in images]
+    expected = [filtered(image) for image in images]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(20):
-            results = mixed(images[i])
+            results = filtered(images[i])
             wrong.extend(i for a, b in zip(results, expected[i], strict=True) if not torch.allclose(a, b, atol=1e-6))
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
