@@ -11,11 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 
 from fxopt import registry
 from fxopt.passbase import Pass
-from tools import ROOT, check_imports, check_size, docs, new_pass, timing
+from tools import ROOT, bench, check_imports, check_size, docs, gpu, new_pass, timing
 
 
 @pytest.mark.parametrize(
@@ -126,3 +127,19 @@ def test_a_new_pass_is_declared_among_the_others(root: Path) -> None:
 def test_a_bad_or_taken_pass_name_is_refused(name: str, root: Path) -> None:
     with pytest.raises(ValueError, match="pass"):
         new_pass.scaffold(name, root)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_the_gpu_bench_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 1
+    assert "no CUDA device is here" in capsys.readouterr().err
+
+
+def test_tables_of_the_gpu_bench() -> None:
+    one = bench.Row("resnet50, 1", {"eager": 2.0, "max-autotune": 1.0, "fxopt torch": 0.5}, {}, {"fxopt torch": 1e-6})
+    one.failures["fxopt tvm"] = "UnsupportedOp: why"
+    text = gpu.networks_table([one])
+    assert "| fxopt torch | 0.50 | **0.50** |" in text
+    assert "- resnet50, 1, fxopt tvm: UnsupportedOp: why" in text
+    linear = bench.Row("qkv", {"dense bf16": 0.02, "2:4 bf16": 0.01, "int8": 0.04})
+    assert "| qkv | 20.0 | 10.0 | 40.0 | 0.50 | 0.25 |" in gpu.linears_table([linear])

@@ -95,22 +95,22 @@ def latency_table(rows: Sequence[Row], names: Sequence[str]) -> str:
     labels = {name: f"{name} / {' or '.join(PEERS[name])}" for name in own}
     firsts = {name: f"{name} / {PEERS[name][0]}" for name in own}
     plain = {name: name for name in names}
-    parts = ["## Latency, ms", _table(rows, plain, lambda row, name: row.ms.get(name), "{:.2f}")]
+    parts = ["## Latency, ms", table(rows, plain, lambda row, name: row.ms.get(name), "{:.2f}")]
     if own:
-        parts += ["## Latency over that of the fastest peer", _table(rows, labels, Row.ratio, "{:.2f}", mean=True)]
+        parts += ["## Latency over that of the fastest peer", table(rows, labels, Row.ratio, "{:.2f}", mean=True)]
         parts += [
             "## Build time over that of the first peer",
-            _table(rows, firsts, Row.build_ratio, "{:.2f}", mean=True),
+            table(rows, firsts, Row.build_ratio, "{:.2f}", mean=True),
         ]
-    parts += ["## Build time, s", _table(rows, plain, lambda row, name: row.seconds.get(name), "{:.1f}")]
-    parts += ["## Largest error / range of eager", _table(rows, plain, lambda row, name: row.error.get(name), "{:.0e}")]
+    parts += ["## Build time, s", table(rows, plain, lambda row, name: row.seconds.get(name), "{:.1f}")]
+    parts += ["## Largest error / range of eager", table(rows, plain, lambda row, name: row.error.get(name), "{:.0e}")]
     failures = [f"- {row.model}, {name}: {text}" for row in rows for name, text in row.failures.items()]
     if failures:
         parts += ["## Failures", "\n".join(failures)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(
+def table(
     rows: Sequence[Row],
     labels: Mapping[str, str],
     value: Callable[[Row, str], float | None],

@@ -249,7 +249,7 @@ def build(name: str, subject: Subject, *, limit_s: float = 300.0) -> Built:
             call = ALL[name](subject)
             result = call()
         seconds = time.perf_counter() - start
-        return Built(call, seconds, _difference(result, eager(subject)()))
+        return Built(call, seconds, difference(result, eager(subject)()))
     except Exception as error:
         return Built(None, time.perf_counter() - start, failure=one_line(error))
 
@@ -276,7 +276,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _difference(result: Any, expected: Any) -> float:
+def difference(result: Any, expected: Any) -> float:
     """Largest difference of a tensor from eager's, relative to the range of eager's."""
     pairs = zip(leaves(result), leaves(expected), strict=True)
     return max(float((a - b).abs().max() / (b.max() - b.min())) for a, b in pairs)
