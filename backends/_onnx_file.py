@@ -18,7 +18,8 @@ import torch
 from fxopt.backend import Payload
 from fxopt.backends import _onnx_packed
 from fxopt.backends._onnx_bounds import Bound
-from fxopt.errors import ArtifactError, UnsupportedOp
+from fxopt.errors import ArtifactError, BackendUnavailable, UnsupportedOp
+from fxopt.scratch import Scratch
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -87,13 +88,17 @@ class OnnxFile:
         """Write *model*.
 
         Raises:
-            UnsupportedOp: onnx.checker refuses it.
+            UnsupportedOp: onnx.checker refuses it. BackendUnavailable: there is no room for its file.
         """
         import onnx
         import onnx_ir
 
-        self._take(tempfile.TemporaryDirectory(prefix="fxopt-"), interface, origins, sources, transposed)
-        onnx_ir.save(model, self.path, external_data=WEIGHTS, size_threshold_bytes=EMBEDDED)
+        self._take(Scratch(), interface, origins, sources, transposed)
+        try:
+            onnx_ir.save(model, self.path, external_data=WEIGHTS, size_threshold_bytes=EMBEDDED)
+        except OSError as error:
+            folder = self.path.parent
+            raise BackendUnavailable(f"the ONNX file cannot be written to {folder}: {error}. Set TMPDIR?") from error
         try:
             onnx.checker.check_model(str(self.path), full_check=True)
         except Exception as error:
@@ -127,7 +132,7 @@ class OnnxFile:
         }
         files = {file.name: file for file in self.path.parent.iterdir()}
         if WEIGHTS in files:
-            self._scratch = tempfile.TemporaryDirectory(prefix="fxopt-")
+            self._scratch = Scratch()
             facts["packed"] = _onnx_packed.pack(self.path, files[WEIGHTS], Path(self._scratch.name))
             if facts["packed"] is not None:
                 del files[WEIGHTS]

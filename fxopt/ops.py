@@ -224,6 +224,11 @@ def reads_layout(node: Node) -> bool:
     return packet(node) in _READS_LAYOUT or (packet(node) == "view" and "dtype" in arguments(node))
 
 
+def layout_is_read(node: Node) -> bool:
+    """Whether a user of *node*, or of a view of it, depends on its strides."""
+    return any(reads_layout(user) or (is_view(user) and layout_is_read(user)) for user in node.users)
+
+
 def is_random(node: Node) -> bool:
     """Whether a second call may give another result."""
     target = node.target

@@ -100,11 +100,7 @@ def _is_needed_copy(node: fx.Node, lent_out: set[fx.Node]) -> bool:
     copies = ops.packet(node) == "contiguous" or ops.arguments(node).get("copy", False)
     if ops.is_view(node) and not copies:
         return False
-    return node in lent_out or _layout_is_read(node)
-
-
-def _layout_is_read(node: fx.Node) -> bool:
-    return any(ops.reads_layout(user) or (ops.is_view(user) and _layout_is_read(user)) for user in node.users)
+    return node in lent_out or ops.layout_is_read(node)
 
 
 def _order(node: fx.Node) -> list[int] | None:
@@ -236,7 +232,7 @@ def _factory_without_input(node: fx.Node, rewriter: Rewriter) -> bool:
 
 def _assigned(node: fx.Node, rewriter: Rewriter) -> bool:
     """copy(x, y) is y in the dtype and size of x; unlike the copy, that has a derivative."""
-    if node.target is not aten.copy.default or _layout_is_read(node):
+    if node.target is not aten.copy.default or ops.layout_is_read(node):
         return False
     x, y = node.args[:2]
     if not isinstance(x, fx.Node) or not isinstance(y, fx.Node) or x.meta["val"].device != y.meta["val"].device:

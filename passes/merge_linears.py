@@ -108,4 +108,6 @@ def _refuse(node: fx.Node, rewriter: Rewriter) -> str | None:
         return "its weight is shared"
     if any(user.op == "output" for user in node.users):
         return "its value is an output of the model"
+    if ops.layout_is_read(node):
+        return "its strides are read (as_strided), and a slice has others"
     return None

@@ -41,6 +41,7 @@ from fxopt.errors import ArtifactError, FxoptError
 from fxopt.lowering import hand_over
 from fxopt.program import Program
 from fxopt.rewriter import infer
+from fxopt.scratch import Scratch
 from fxopt.signature import Leaf
 from fxopt.target import Target
 
@@ -192,7 +193,7 @@ def _load(container: Container, *, allow_code: bool, allow_ops: Collection[str])
             "trust where it comes from, load it with allow_code=True"
         )
     else:
-        folder = tempfile.TemporaryDirectory(prefix="fxopt-")
+        folder = Scratch()
         container.extract(_PAYLOAD, Path(folder.name))
         executable = backend.restore(folder, decode(container.json(_FACTS)), target)
     variant = Variant(program, executable, manifest["backend"], report, dict(manifest["options"]))

@@ -567,3 +567,22 @@ def test_the_report_counts_four_bits_as_the_file_does(tmp_path: Path) -> None:
     assert compiled.report.bytes[1] - compiled.report.packed_bytes == 256 * 256
     assert 0.9 < weights / compiled.report.packed_bytes < 1.02  # equal zero points take less still
     assert "weights, packed" in str(compiled.report)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_folders_go_without_a_warning(backend: str, tmp_path: Path) -> None:
+    code = f"""
+        import os, tempfile, torch, fxopt, warnings
+        warnings.simplefilter("error", ResourceWarning)
+        x = torch.ones(1, 4)
+        compiled = fxopt.compile(torch.nn.Linear(4, 4), example_inputs=(x,), backend={backend!r})
+        compiled.save("m.fxopt")
+        fxopt.load("m.fxopt")(x)
+        compiled = None
+        assert not [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("fxopt-")]
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "ResourceWarning" not in done.stderr

@@ -191,11 +191,16 @@ def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
         except fxopt.FxoptError as error:
             print(error)
         fxopt.load("m.fxopt")(x)
+        try:
+            fxopt.compile(model, example_inputs=(x,), backend="onnx")
+        except fxopt.BackendUnavailable as error:
+            print(error)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cannot write m.fxopt: no room for its weights" in done.stdout
+    assert "the ONNX file cannot be written" in done.stdout
     assert "not kept in the cache" in done.stderr
 
 

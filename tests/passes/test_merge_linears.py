@@ -103,6 +103,22 @@ def test_a_linear_that_is_an_output_stays() -> None:
     assert "an output of the model" in checked.reasons()
 
 
+def test_a_linear_whose_strides_are_read_stays() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = self.first(x).view(4, 2, 4).transpose(0, 1)
+            result: torch.Tensor = parts.as_strided((2, 3, 2, 4), (4, 8, 8, 1)) + self.second(x).sum()
+            return result
+
+    checked = check(Windows(), torch.randn(4, 8))
+    assert checked.record.edits == 0
+    assert "its strides are read" in checked.reasons()
+
+
 def test_a_computed_weight_stays() -> None:
     model = Model(
         lambda m, x, w: nn.functional.linear(x, w).cos() + m.a(x).cos() + m.b(x).cos(),
