@@ -90,9 +90,13 @@ def export(
 
 
 def _release(model: onnx_ir.Model, program: Program) -> None:
-    """Let go of the tensors that are in the file now. Graphs hold them in cycles, which may live for long."""
+    """Let go of the tensors that are in the file now. Graphs hold them in cycles, which may live for long.
+
+    Complex numbers are pairs in the file, from which :meth:`OnnxFile.constant` could not tell what they were.
+    """
+    pairs = {name for name, tensor in program.tensors().items() if tensor.is_complex()}
     for name, value in model.graph.initializers.items():
-        if value.const_value is not None and value.const_value.nbytes >= EMBEDDED:
+        if name not in pairs and value.const_value is not None and value.const_value.nbytes >= EMBEDDED:
             program.constants.pop(name, None)
             value.const_value = None
 

@@ -250,7 +250,7 @@ def _slice(bb: Any, inputs: Any, attrs: Any) -> Any:
         return None
     count = len(limits[0])
     limits += [np.arange(count), np.ones(count, np.int64)][len(limits) - 2 :]
-    starts, ends, axes, steps = limits
+    starts, ends, _, steps = limits
     kept = np.flatnonzero((starts != 0) | (ends < _END) | (steps != 1))
     if not kept.size:
         return inputs[0]

@@ -31,8 +31,6 @@ from fxopt.target import Target
 if TYPE_CHECKING:
     from fxopt.backends.tvm import TvmBackend
 
-_HINT = "backend_options={'mixed': True} runs them on PyTorch and the rest on TVM"
-
 
 def lower(backend: TvmBackend, program: Program, target: Target) -> Executable:
     """*program* on TVM, or in mixed mode what of it can be, and the rest on PyTorch.
@@ -137,9 +135,11 @@ class _Search:
 
     def refuse(self, error: UnsupportedOp) -> NoReturn:
         """Raise UnsupportedOp with all that is declined, or where that is nothing the reason that *error* gives."""
+        mixed = "" if self.target.name == "cuda" else " or backend_options={'mixed': True}, which runs that on PyTorch"
         if not self.declined:
-            raise UnsupportedOp(f"{error}; or backend_options={{'mixed': True}}") from error
-        raise UnsupportedOp(f"TVM cannot run {'; '.join(self.lines(self.declined))}: {_HINT}", self.declined) from error
+            raise UnsupportedOp(f"{error}{';' * bool(mixed)}{mixed}") from error
+        listed = "; ".join(self.lines(self.declined))
+        raise UnsupportedOp(f"TVM cannot run {listed}: use backend='torch'{mixed}", self.declined) from error
 
     def lines(self, why: Mapping[str, str]) -> list[str]:
         """The op of each node that *why* names, with its source line and the reason."""
@@ -150,15 +150,12 @@ class _Search:
         """The parts compiled; *program* keeps what is left of the constants.
 
         Raises:
-            UnsupportedOp: none of them is for TVM, or the target is a GPU.
+            UnsupportedOp: none of them is for TVM.
         """
-        listed = "; ".join(self.lines(self.declined))
-        if self.target.name == "cuda":
-            why = f"TVM cannot run {listed}" if listed else str(error)
-            raise UnsupportedOp(f"mixed mode runs on CPUs, and {why}: use another backend", self.declined) from error
         if all(part.on_torch for part in self.parts):
             if not self.declined:
                 raise UnsupportedOp(f"{error}; and no part of this model is worth TVM") from error
+            listed = "; ".join(self.lines(self.declined))
             raise UnsupportedOp(
                 f"TVM cannot run {listed}, and no other part of this model is worth it: use backend='torch'",
                 self.declined,

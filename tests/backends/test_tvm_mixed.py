@@ -118,6 +118,16 @@ def test_without_it_every_op_is_listed_with_its_line() -> None:
     assert len(info.value.nodes) == 2
 
 
+def test_complex_weights_are_kept_as_they_are() -> None:
+    """They are pairs of numbers in an ONNX file that TVM declines."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Spectral(16, 8), nn.Conv2d(16, 4, 1))
+    mixed = compiled(model, torch.randn(2, 3, 8, 8))
+    image = torch.randn(2, 3, 8, 8)
+    same(model, mixed, image)
+    torch.testing.assert_close(mixed.graph(image)[0], mixed(image), rtol=1e-4, atol=1e-5)
+
+
 class TwoSpectra(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         y = torch.fft.rfft(x).abs()  # first
@@ -374,6 +384,22 @@ def test_bfloat16_crosses_borders() -> None:
     assert engines(mixed) == "tvm torch tvm"
     with torch.no_grad():
         torch.testing.assert_close(mixed(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "passes", ["insert-fake-quant", "insert-fake-quant{activations=none,weights=int4}", "cast-precision{dtype=bf16}"]
+)
+def test_low_precision_on_both_sides_of_a_border(passes: str) -> None:
+    torch.manual_seed(0)
+    parts = nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), Spectral(32, 20), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()
+    model, image = nn.Sequential(*parts, nn.Flatten(2), nn.Linear(400, 10)), torch.randn(2, 8, 20, 20)
+    mixed = compiled(model, image, passes=passes, calibration=[(image,)])  # and verified
+    assert engines(mixed) == "tvm torch tvm"
+    if passes == "insert-fake-quant":
+        size = sum(p.numel() * 4 for layer in (parts[0], parts[3], model[6]) for p in layer.parameters())
+        integers = sum(step.engine.nbytes() or 0 for step in executable(mixed).steps if not step.on_torch)
+        assert integers < 0.4 * size
 
 
 class Loop(nn.Module):
