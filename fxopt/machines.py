@@ -182,7 +182,7 @@ CUDA = Family(
         **{name: Cpu(_AMPERE, name) for name in ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")},
     },
     default="sm_80",  # the first with bf16 and 2:4; later ones run what was made for it
-    backends=("torch", "onnx"),  # torch runs on the GPU itself; of ONNX there is the file, for TensorRT
+    backends=("torch", "onnx", "tvm"),  # tensor cores through torch and TensorRT; TVM has none of them
     dtypes=frozenset({torch.float32, torch.float16}),  # tensor cores took fp16 before bf16
     channel_multiple=8,  # tensor cores read rows of 16 bytes: 8 channels of fp16 or bf16
     # TensorRT, which runs that file, wants s8, symmetric, where onnxruntime's kernels for CPUs want u8; and s8 by s8 is
