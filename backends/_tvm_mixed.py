@@ -29,6 +29,7 @@ from fxopt.program import Program
 from fxopt.target import Target
 
 if TYPE_CHECKING:
+    from fxopt.backends._tvm_options import Tuning
     from fxopt.backends.tvm import TvmBackend
 
 
@@ -49,7 +50,7 @@ def lower(backend: TvmBackend, program: Program, target: Target) -> Executable:
         first = error
     if file is not None:
         whole.constants |= {name: file.constant(name) for name in stored}
-    search = _Search(backend, whole, target, dict(first.nodes))
+    search = _Search(dataclasses.replace(backend, tune=None), whole, target, backend.tune, dict(first.nodes))
     if not backend.mixed:
         search.settle(build=file is not None and not first.nodes)
         search.refuse(first)
@@ -62,6 +63,7 @@ class _Search:
     """What of *whole* is declined by TVM, and the rest in parts that it has compiled.
 
     Attributes:
+        backend: compiles the parts, untuned, since not all that is tried stays; ``tune`` is for those that do.
         declined: why, by node name; ``strays`` what has to go with these.
         parts: in order.
         files: what was exported for TVM's parts, by the names of their nodes; ``built`` what was compiled.
@@ -70,6 +72,7 @@ class _Search:
     backend: TvmBackend
     whole: Program
     target: Target
+    tune: Tuning | None
     declined: dict[str, str]
     strays: dict[str, str] = dataclasses.field(default_factory=dict)
     parts: list[Part] = dataclasses.field(default_factory=list)
@@ -167,13 +170,23 @@ class _Search:
             if part.on_torch:
                 engine = TorchBackend().lower(lowered, self.target, [])
             else:
-                engine, lowered = self.built[_key(part)], self.files[_key(part)][1]
+                engine, lowered = self._tuned(part), self.files[_key(part)][1]
             left |= {name: lowered.constants[name] for name in names & lowered.constants.keys()}
             steps.append(Step(engine, part.on_torch, _names(part.reads), _names(part.gives), names))
         executable = MixedExecutable(whole, steps, self.target, self._notes())
         program.constants.clear()
         program.constants.update(left)
         return executable
+
+    def _tuned(self, part: Part) -> Executable:
+        """*part* compiled, tuned with the share of trials and time that its products have among those of all parts."""
+        if self.tune is None:
+            return self.built[_key(part)]
+        share = part.products() / sum(one.products() for one in self.parts if not one.on_torch)
+        trials = None if self.tune.trials is None else round(self.tune.trials * share)
+        seconds = None if self.tune.seconds is None else self.tune.seconds * share
+        own = dataclasses.replace(self.tune, trials=trials, seconds=seconds)
+        return dataclasses.replace(self.backend, tune=own).build(self.files[_key(part)][0], self.target)
 
     def _notes(self) -> list[str]:
         ours, theirs = ([part for part in self.parts if part.on_torch is torch_runs] for torch_runs in (False, True))

@@ -68,6 +68,10 @@ class Part:
         )
         return Program(graph, constants, signature)
 
+    def products(self) -> int:
+        """How many of its nodes are sums of products: what TVM is worth a border for, and what it can tune."""
+        return sum(ops.precision(node) == "low" for node in self.nodes)
+
     def all_nodes(self) -> list[fx.Node]:
         """Its nodes, and all that is computed or held in every part that reads it, in order."""
         inputs = set(self.reads)
@@ -95,7 +99,7 @@ def split(program: Program, declined: Iterable[str], *, small: bool = False) -> 
     while True:
         cut = _Cut(program, on_torch)
         found = cut.strays()
-        parts = [] if small else [part for part in cut.parts if not part.on_torch and not _is_work(part)]
+        parts = [] if small else [part for part in cut.parts if not part.on_torch and not part.products()]
         idle = {node.name for part in parts for node in part.nodes}
         if not found and not idle:
             return cut.parts, strays
@@ -115,11 +119,6 @@ def passes(node: fx.Node) -> bool:
     """Whether the value of *node* can be an input or an output of TVM: a dense tensor of real numbers."""
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_complex()
-
-
-def _is_work(part: Part) -> bool:
-    """Whether a part does what TVM is worth a border for: sums of products."""
-    return any(ops.precision(node) == "low" for node in part.nodes)
 
 
 class _Cut:

@@ -501,6 +501,24 @@ def test_a_foreign_target_compiles_and_says_that_it_cannot_run() -> None:
 # --- what is declined, where TVM does not say it
 
 
+def test_parts_share_the_budget_of_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxopt.backends import _tvm_tuning
+    from fxopt.backends._tvm_workloads import Tiles
+
+    budgets: list[tuple[int, float]] = []
+
+    def tuned(file: Any, machine: Any, threads: Any, tuning: Any) -> Any:
+        budgets.append((tuning.trials, tuning.seconds))
+        return Tiles(), "not at all"
+
+    monkeypatch.setattr(_tvm_tuning, "tuned", tuned)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Spectrum(), nn.Linear(5, 8))
+    options = {**MIXED, "tune": {"trials": 12, "seconds": 30}}
+    mixed = fxopt.compile(model, example_inputs=(torch.randn(2, 8),), backend="tvm", backend_options=options)
+    assert budgets[-2:] == [(8, 20.0), (4, 10.0)]
+    assert mixed.report.notes.count("tuned: not at all") == 2
+
+
 class Rooted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
