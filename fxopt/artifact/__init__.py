@@ -40,6 +40,7 @@ from fxopt.compiled import CompiledModel, Variant
 from fxopt.errors import ArtifactError, FxoptError
 from fxopt.lowering import hand_over
 from fxopt.program import Program
+from fxopt.report import Report
 from fxopt.rewriter import infer
 from fxopt.scratch import Scratch
 from fxopt.signature import Leaf
@@ -162,6 +163,21 @@ def load(path: str | os.PathLike[str], *, allow_code: bool = False, allow_ops: C
         raise ArtifactError(f"{path} holds no sound model: {type(error).__name__}: {text[0]:.200}") from error
 
 
+def load_report(path: str | os.PathLike[str]) -> Report:
+    """The report in a file that ``CompiledModel.save`` wrote; nothing else of it is loaded, and no engine is needed.
+
+    Raises:
+        ArtifactError: as for :func:`load`.
+    """
+    container = Container(Path(path))
+    _check_schema(container)
+    container.check()
+    try:
+        return decode_report(container.json(_REPORT))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtifactError(f"{path} holds no sound report: {type(error).__name__}: {error}") from error
+
+
 def _check_schema(container: Container) -> None:
     manifest, path = container.manifest, container.path
     if manifest.get("format") != "fxopt artifact" or type(manifest.get("schema")) is not int:
@@ -190,7 +206,7 @@ def _load(container: Container, *, allow_code: bool, allow_ops: Collection[str])
     elif payload["code"] and not allow_code:
         raise ArtifactError(
             f"{container.path} holds machine code for the {manifest['backend']} backend, which runs as you: if you "
-            "trust where it comes from, load it with allow_code=True"
+            "trust where it comes from, load it with allow_code=True (commands: --allow-code)"
         )
     else:
         folder = Scratch()

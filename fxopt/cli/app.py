@@ -126,13 +126,14 @@ def bench(
     recipe: Recipe = None,
     threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> int | None:
     """Latency of MODEL on each backend beside eager, in turns; of an artifact, on its own."""
     from fxopt.cli import build
 
     wish = build.Wish.of(recipe, inputs, target, None, passes, calibration, None)
-    return build.bench(model, wish, backends, threads, rounds, as_json=as_json)
+    return build.bench(model, wish, backends, threads, rounds, allow_code=allow_code, as_json=as_json)
 
 
 @app.command()
@@ -174,12 +175,17 @@ def verify(
 @app.command()
 @guarded
 def dump(
-    model: Model, inputs: Inputs = None, target: Target = None, passes: Passes = None, as_json: Json = False
+    model: Model,
+    inputs: Inputs = None,
+    target: Target = None,
+    passes: Passes = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
 ) -> int | None:
     """Print the final graph of MODEL as fxir text."""
     from fxopt.cli import look
 
-    return look.dump(model, inputs or [], target, passes, as_json=as_json)
+    return look.dump(model, inputs or [], target, passes, allow_code=allow_code, as_json=as_json)
 
 
 @app.command()
@@ -187,12 +193,13 @@ def dump(
 def diff(
     first: Annotated[str, typer.Argument(help="A .fxir or .fxopt file.")],
     second: Annotated[str, typer.Argument(help="Another.")],
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> int | None:
     """What differs between two dumps or two artifacts. Exit status 1 where something does."""
     from fxopt.cli import look
 
-    return look.diff(first, second, as_json=as_json)
+    return look.diff(first, second, allow_code=allow_code, as_json=as_json)
 
 
 @app.command()
@@ -202,13 +209,12 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="An .html file; printed where none is given.")
     ] = None,
-    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> int | None:
     """The report of ARTIFACT: as text, or as a page to look at."""
     from fxopt.cli import look
 
-    return look.report(artifact, output, allow_code=allow_code, as_json=as_json)
+    return look.report(artifact, output, as_json=as_json)
 
 
 @app.command()

@@ -113,7 +113,7 @@ def compile_model(name: str, wish: Wish, output: Path | None, dump: Path | None,
 
 def explain(name: str, wish: Wish, *, as_json: bool) -> int | None:
     """Passes, what they did, what they left alone."""
-    report = (sources.artifact(name) if name.endswith(".fxopt") else compiled(name, wish)).report
+    report = sources.report(name) if name.endswith(".fxopt") else compiled(name, wish).report
     parts: list[Any] = []
     for record in report.passes:
         done = f"{record.edits} edits, {record.nodes[0]} → {record.nodes[1]} ops" if record.edits else "nothing to do"
@@ -126,7 +126,14 @@ def explain(name: str, wish: Wish, *, as_json: bool) -> int | None:
 
 
 def bench(
-    name: str, wish: Wish, backends: str | None, threads: int | None, rounds: int, *, as_json: bool
+    name: str,
+    wish: Wish,
+    backends: str | None,
+    threads: int | None,
+    rounds: int,
+    *,
+    allow_code: bool,
+    as_json: bool,
 ) -> int | None:
     """Latency in turns, as medians of the rounds."""
     if threads is not None:
@@ -134,7 +141,7 @@ def bench(
     failed = dict[str, str]()
     calls = dict[str, Callable[[], object]]()
     if name.endswith(".fxopt"):
-        model = sources.artifact(name)
+        model = sources.artifact(name, allow_code=allow_code)
         calls[model.backend] = functools.partial(model, *_random(model))
     else:
         calls = _contestants(name, wish, backends, failed)

@@ -28,10 +28,12 @@ from fxopt.errors import ArtifactError, InputError
 from fxopt.notice import cache_folder
 
 
-def dump(name: str, inputs: Sequence[str], target: str | None, passes: str | None, *, as_json: bool) -> int | None:
+def dump(
+    name: str, inputs: Sequence[str], target: str | None, passes: str | None, *, allow_code: bool, as_json: bool
+) -> int | None:
     """The final graph as text."""
     if name.endswith(".fxopt"):
-        model = sources.artifact(name)
+        model = sources.artifact(name, allow_code=allow_code)
     else:
         model = build.compiled(name, build.Wish.of(None, inputs, target, "torch", passes, None, None))
     text = fxir.dump(model._current("dump").program, f"final  target {model.target}")
@@ -39,9 +41,9 @@ def dump(name: str, inputs: Sequence[str], target: str | None, passes: str | Non
     return None
 
 
-def diff(first: str, second: str, *, as_json: bool) -> int | None:
+def diff(first: str, second: str, *, allow_code: bool, as_json: bool) -> int | None:
     """Lines that differ, and weights."""
-    (a, weights_a), (b, weights_b) = _text(first), _text(second)
+    (a, weights_a), (b, weights_b) = _text(first, allow_code), _text(second, allow_code)
     lines = list(difflib.unified_diff(a.splitlines(), b.splitlines(), first, second, lineterm="", n=2))
     weights = [
         name for name in sorted(weights_a.keys() & weights_b.keys()) if not _equal(weights_a[name], weights_b[name])
@@ -54,9 +56,9 @@ def diff(first: str, second: str, *, as_json: bool) -> int | None:
     return NO if lines or weights else None
 
 
-def _text(name: str) -> tuple[str, dict[str, torch.Tensor]]:
+def _text(name: str, allow_code: bool) -> tuple[str, dict[str, torch.Tensor]]:
     if name.endswith(".fxopt"):
-        model = sources.artifact(name)
+        model = sources.artifact(name, allow_code=allow_code)
         program = model._current("diff").whole_program()
         return fxir.dump(program, f"final  target {model.target}"), program.tensors()
     try:
@@ -69,9 +71,9 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-def report(path: str, output: Path | None, *, allow_code: bool, as_json: bool) -> int | None:
+def report(path: str, output: Path | None, *, as_json: bool) -> int | None:
     """The report as text, JSON or a page."""
-    found = sources.artifact(path, allow_code=allow_code).report
+    found = sources.report(path)
     if output is None:
         emit(encode_report(found), found, as_json=as_json)
         return None

@@ -15,7 +15,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import fxopt
+from fxopt.artifact import load_report
 from fxopt.errors import ArtifactError, InputError, near_miss
+from fxopt.report import Report
 
 _DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
@@ -174,6 +176,13 @@ def artifact(path: str, *, allow_code: bool = False) -> fxopt.CompiledModel:
     if not path.endswith(".fxopt"):
         raise InputError(f"{path!r} is no .fxopt file: make one by fxopt compile MODEL -o m.fxopt")
     return fxopt.load(path, allow_code=allow_code)
+
+
+def report(path: str) -> Report:
+    """The report in the file *path*."""
+    if not path.endswith(".fxopt"):
+        raise InputError(f"{path!r} is no .fxopt file: make one by fxopt compile MODEL -o m.fxopt")
+    return load_report(path)
 
 
 def read(path: Path) -> list[Any] | dict[str, Any]:

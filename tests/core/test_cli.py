@@ -307,3 +307,20 @@ def complete(environment: dict[str, str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert "AssertionError" not in done.stderr
     return done.stdout
+
+
+@pytest.mark.slow
+def test_machine_code_is_loaded_where_asked(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    path = tmp_path / "t.fxopt"
+    call("compile", f"{M}:pair", "--backend", "tvm", "-o", path)
+    assert "on tvm" in call("report", path)
+    assert "fuse-conv-bn-relu" in call("explain", path)  # neither needs more than the report
+    for words in (("dump", path), ("diff", path, path), ("bench", path, "--rounds", "1"), ("run", path)):
+        assert "--allow-code" in call(*words, status=1)
+        call(*words, "--allow-code")
+
+
+def test_a_damaged_report(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.fxopt").write_bytes(artifact.read_bytes()[:-500])
+    assert "cut off" in call("report", tmp_path / "m.fxopt", status=1)
