@@ -1,7 +1,7 @@
 """PTX, executed by numpy: what a GPU would compute, on a machine without one.
 
 All threads of all blocks of a kernel are lanes of arrays. Those that are furthest behind go first, so that threads
-that took different branches meet again. An access to shared memory that another warp of the block has used since the
+that took different branches meet again. An access to shared memory that another thread of the block has used since the
 last barrier, and that only luck would order, raises an error.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 Array = Any  # of numpy
-_SHARED, _SPACE = 1 << 20, 40  # buffers are told apart by the upper bits of an address
+_SHARED, _SPACE, _SEVERAL = 1 << 20, 40, 1 << 20  # buffers are told apart by the upper bits of an address
 _TYPES: dict[str, Any] = {
     "pred": np.bool_, "f16": np.float16, "f32": np.float32, "f64": np.float64,
     **{f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}") for kind in "bus" for n in (1, 2, 4, 8)},
@@ -333,13 +333,14 @@ class _Run:
                 self.buffers[int(space)][at[mine]] = raw[mine]
 
     def _note(self, mine: Array, others: Array, at: Array, lanes: Array) -> None:
-        """That the threads of *lanes* use the bytes *at*, which no thread of another warp may be among *others* for."""
-        block, warp = self.block[lanes][:, None], (self.thread[lanes] // 32)[:, None]
+        """That the threads of *lanes* use the bytes *at*, which no other thread may be among *others* for."""
+        block, thread = self.block[lanes][:, None], self.thread[lanes][:, None]
         before = others[block, at]
-        if ((before >= 0) & (before != warp)).any():
-            raise RaceError("RaceError: threads of two warps use a word of shared memory without a barrier between")
         known = mine[block, at]
-        mine[block, at] = np.where((known >= 0) & (known != warp), 99, warp)
+        mine[block, at] = np.where((known >= 0) & (known != thread), _SEVERAL, thread)
+        at_once = mine is others and (mine[block, at] != thread).any()
+        if at_once or ((before >= 0) & (before != thread)).any():
+            raise RaceError("RaceError: two threads use a word of shared memory without a barrier between")
 
 
 def _number(text: str, dtype: Any) -> Any:

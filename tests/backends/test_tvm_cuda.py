@@ -63,7 +63,10 @@ def check(model: nn.Module, *args: torch.Tensor, rtol: float = 1e-4, atol: float
 
 
 def test_a_network() -> None:
-    check(cnn(), torch.randn(2, 3, 10, 10))
+    executable = check(cnn(), torch.randn(2, 3, 10, 10))
+    for kernel in ptx.kernels(executable.ptx).values():  # each has threads, of which a block holds as many
+        assert 1 < np.prod(kernel.threads) <= 1024
+        assert sum(size for _, size in kernel.shared.values()) <= 48 * 1024
 
 
 def test_dynamic_batch() -> None:
@@ -76,8 +79,12 @@ def test_dynamic_batch() -> None:
 
 def test_float16_sums_in_float32() -> None:
     torch.manual_seed(0)
-    x, w = torch.rand(3, 4000).half(), torch.rand(4000, 4).half()
+    x, w = torch.rand(2, 3000).half(), torch.rand(3000, 4).half()
     check(Apply(lambda x, w: (x @ w, x.mean(-1), torch.softmax(x, -1))), x, w, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_network_in_float16() -> None:
     check(cnn().half(), torch.randn(2, 3, 10, 10).half(), rtol=1e-2, atol=2e-3)
 
 
@@ -114,7 +121,7 @@ def test_reductions_across_the_threads_of_a_block() -> None:
     check(Apply(lambda x: (x.sum(-1), x.mean((1, 2)), x.amax(1), torch.softmax(x, 1), x.argmax(-1))), x)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("rows", [1, 70])
 def test_products(rows: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(65, 33), nn.ReLU(), nn.Linear(33, 5))
@@ -156,11 +163,11 @@ def test_conformance() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 def test_kernels_are_for_the_target(arch: str) -> None:
-    captured = capture(cnn(), (torch.randn(1, 3, 10, 10),), None, None)
+    captured = capture(nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1)).eval(), (torch.randn(3, 8),), None, None)
     text = EmulatedBackend(arch).lower(captured.program, resolve_target("cuda"), captured.inputs).ptx  # type: ignore[attr-defined]
     kernels = text.count(".visible .entry")
     assert f".target {arch}" in text
-    assert kernels > 4
+    assert kernels > 1
     assert text.count(".maxntid") == kernels
     assert not re.search(r"\.extern|\bcall\b|__nv_\w+f\b", text)
 
@@ -171,13 +178,6 @@ def test_an_assembler_takes_them(tmp_path: Path) -> None:
     (tmp_path / "m.ptx").write_text(emulated(cnn(), torch.randn(1, 3, 10, 10))[0].ptx)
     for arch in ("sm_80", "sm_90"):
         subprocess.run(["ptxas", "-arch", arch, "m.ptx", "-o", "m.cubin"], cwd=tmp_path, check=True)
-
-
-def test_every_function_has_threads_of_which_a_block_holds_as_many() -> None:
-    executable, _ = emulated(cnn(), torch.randn(2, 3, 10, 10))
-    for kernel in ptx.kernels(executable.ptx).values():
-        assert 1 < np.prod(kernel.threads) <= 1024
-        assert sum(size for _, size in kernel.shared.values()) <= 48 * 1024
 
 
 def test_a_barrier_that_is_missing_is_seen() -> None:
