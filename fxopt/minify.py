@@ -27,7 +27,7 @@ from fxopt.calibration import Calibration
 from fxopt.capture import capture
 from fxopt.compiler import as_args
 from fxopt.compiler import compile as compile_model
-from fxopt.errors import FxoptError, InputError
+from fxopt.errors import BackendUnavailable, FxoptError, InputError, SpecError
 from fxopt.passbase import Pass
 from fxopt.spec import format as format_spec
 from fxopt.target import Target
@@ -60,7 +60,7 @@ def minify(
         Path of the script.
 
     Raises:
-        InputError: the model compiles, or cannot be captured.
+        InputError: the model compiles, or cannot be captured. SpecError: passes or backend are not known.
     """
     args = as_args(example_inputs) or ()
     captured = capture(model, args, None, None)
@@ -76,6 +76,8 @@ def minify(
     error = trial(whole, inputs)
     if error is None:
         raise InputError("the model compiles with these passes on this backend: there is nothing to shrink")
+    if isinstance(error, (SpecError, BackendUnavailable)):  # no part of the model is to blame
+        raise error
     from torch._functorch.fx_minifier import minifier
 
     def fails(part: fx.GraphModule, values: Sequence[torch.Tensor]) -> bool:

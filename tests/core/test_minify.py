@@ -88,6 +88,13 @@ def test_what_compiles_cannot_be_shrunk(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("wrong", [{"passes": "prune-chanels"}, {"backend": "tourch"}])
+def test_what_no_part_is_to_blame_for_is_raised(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(fxopt.SpecError, match="Did you mean"):
+        fxopt.minify(Deep(), (X,), folder=tmp_path / "repro", **wrong)
+    assert not (tmp_path / "repro").exists()
+
+
 def test_a_wrong_pass_is_told_with_the_node_where_values_part() -> None:
     with pytest.raises(fxopt.VerifyError) as caught:
         fxopt.compile(Deep(), example_inputs=(X,), passes=[Wrong()], backend="torch")
