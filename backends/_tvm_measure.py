@@ -30,7 +30,8 @@ from fxopt.backends._tvm_tiles import Tile
 from fxopt.backends._tvm_workloads import Tiles, Workload
 from fxopt.errors import BackendUnavailable
 
-_ROUNDS = 9
+_ROUNDS = (9, 60)  # at least, at most
+_SECONDS = 0.02  # for one tile, within these bounds
 _ROWS = 128  # what one of the last two sizes is taken for where only a call tells; others are taken for one
 _WEIGHTS_FROM_MEMORY = "cache_flush_cpu_non_first_arg"
 
@@ -137,11 +138,12 @@ def _timed(library: Any, device: Any, functions: Sequence[Any]) -> list[float]:
     arguments = [[_filled(p, device) for p in function.params] for function in functions]
     found: list[list[float]] = [[] for _ in functions]
     order, chance = list(range(len(functions))), random.Random(0)
-    for _ in range(1 + _ROUNDS):
+    fastest = min(kernels[i](*arguments[i]).mean for i in order)  # and all are warm
+    for _ in range(min(max(int(_SECONDS / fastest), *_ROUNDS), max(_ROUNDS))):
         for i in order:
             found[i].append(kernels[i](*arguments[i]).mean)
         chance.shuffle(order)
-    return [statistics.quantiles(seconds[1:], n=4)[0] for seconds in found]
+    return [statistics.quantiles(seconds, n=4)[0] for seconds in found]
 
 
 def _filled(parameter: Any, device: Any) -> Any:

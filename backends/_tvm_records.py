@@ -4,8 +4,8 @@
      "tile": [16, 3, 8, 1, "rows"], "ratio": 0.93, "seconds": 0.0041}
 
 One line for each measurement, only ever appended, under a lock. So two files are merged by writing one after the other,
-their order means nothing, and a line that a kill cut off is skipped. A tile counts by the median of its ratios to the
-tile of the rule, both taken side by side: that holds on another day, and on another machine of the same kind.
+their order means nothing, and a line that a kill cut off is skipped. A tile counts by the median (of two, the worse) of
+its ratios to the tile of the rule, taken side by side: that holds on another day, and on another machine of its kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxopt.backends._tvm_tiles import Tile
 from fxopt.errors import ArtifactError
 from fxopt.notice import LOG
 
-_WORTHWHILE = 0.98  # of the time of the rule's own tile; less of a gain is within what measurements differ by
+WORTHWHILE = 0.98  # of the time of the rule's own tile; less of a gain is within what measurements differ by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +106,14 @@ class Records:
     def tried(self, workload: str) -> Mapping[Tile, float]:
         """The ratio of each tile that was measured of *workload*."""
         known = self._found.get(workload, {})
-        return {tile: statistics.median(r.ratio for r in records) for tile, records in known.items()}
+        return {tile: statistics.median_high(r.ratio for r in records) for tile, records in known.items()}
 
     def best(self, workload: str) -> Tile | None:
-        """The fastest of those, where that is worth to leave the rule for."""
-        tried = self.tried(workload)
+        """The fastest of those, where that is worth to leave the rule for, and was seen more than once."""
+        known = self._found.get(workload, {})
+        tried = {tile: ratio for tile, ratio in self.tried(workload).items() if len(known[tile]) > 1}
         found = min(tried, key=lambda tile: tried[tile], default=None)
-        return found if found is not None and tried[found] < _WORTHWHILE else None
+        return found if found is not None and tried[found] < WORTHWHILE else None
 
     def seconds(self, workload: str) -> float | None:
         """What the rule's tile of *workload* takes; None where nothing is known of it."""

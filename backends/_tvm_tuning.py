@@ -24,7 +24,7 @@ from fxopt.backends._onnx_file import OnnxFile
 from fxopt.backends._tvm_build import prepare
 from fxopt.backends._tvm_measure import Bench
 from fxopt.backends._tvm_options import Tuning
-from fxopt.backends._tvm_records import Record, Records
+from fxopt.backends._tvm_records import WORTHWHILE, Record, Records
 from fxopt.backends._tvm_target import Machine
 from fxopt.backends._tvm_tiles import KERNELS, Tile
 from fxopt.backends._tvm_workloads import Tiles, Workload
@@ -33,6 +33,7 @@ from fxopt.notice import LOG
 from fxopt.progress import say
 
 _BATCH = 6  # tiles that are measured side by side
+_CONFIRMED = 2  # of the tiles of a batch are measured twice, where they are faster than the rule's
 _FAILURES = 3  # in a row, after which the devices are given up
 
 
@@ -142,9 +143,14 @@ class _Search:
         return near + [tile for tile in left if tile not in near][: _BATCH - len(near)]
 
     def _measure(self, workload: Workload, candidates: list[Tile]) -> list[Record]:
-        """Records of *candidates*, and of the best so far, to see whether it was luck."""
+        """Records of *candidates*; a second time of those that seem worth it, with the best so far: it may be luck."""
         best = self._records.best(str(workload))
-        tiles = [*candidates, best] if best is not None else candidates
+        found = self._beside_the_rule(workload, candidates)
+        good = sorted((one for one in found if one.ratio < WORTHWHILE), key=lambda one: one.ratio)
+        again = [one.tile for one in good[:_CONFIRMED]] + ([best] if best is not None else [])
+        return found + (self._beside_the_rule(workload, again) if good else [])
+
+    def _beside_the_rule(self, workload: Workload, tiles: list[Tile]) -> list[Record]:
         rule, *seconds = self._bench.seconds(workload, [self._asked.spaces[workload].rule(), *tiles])
         return [Record(str(workload), tile, s / rule, s) for tile, s in zip(tiles, seconds, strict=True)]
 

@@ -142,7 +142,7 @@ def record(rows: int, ratio: float, workload: str = "w") -> Record:
 
 def test_the_best_tile_is_that_of_the_lowest_median(tmp_path: Path) -> None:
     records = Records(tmp_path / "a" / "r.jsonl", "m", "v")
-    records.add([record(1, 0.5), record(2, 0.9), record(2, 0.8)])
+    records.add([record(1, 0.5), record(2, 0.9), record(2, 0.8), record(3, 0.1)])  # once is not enough
     records.add([record(1, 1.1), record(1, 1.0)])  # it was luck
     for known in (records, Records(tmp_path / "a" / "r.jsonl", "m", "v")):
         assert known.best("w") == Tile(16, 1, 2, 1, "rows")
@@ -153,13 +153,14 @@ def test_the_best_tile_is_that_of_the_lowest_median(tmp_path: Path) -> None:
 
 def test_what_is_hardly_faster_than_the_rule_is_not_taken() -> None:
     records = Records(None, "m", "v")
-    records.add([record(1, 0.99), record(2, 1.0)])
+    records.add([record(1, 0.99), record(1, 0.99), record(2, 1.0)])
     assert records.best("w") is None
 
 
 def test_measurements_of_other_machines_and_versions_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    Records(path, "m", "v").add([record(1, 0.5)])
+    Records(path, "m", "v").add([record(1, 0.5)] * 2)
+    assert Records(path, "m", "v").best("w") is not None
     assert Records(path, "other", "v").best("w") is None
     assert Records(path, "m", "other").best("w") is None
 
@@ -174,7 +175,7 @@ def test_lines_that_are_no_measurements_are_skipped(tmp_path: Path, caplog: pyte
     records = Records(path, "m", "v")
     assert f"{len(bad) + 1} of {len(bad) + 2} lines are no measurements" in caplog.text
     assert list(records.tried("w")) == [Tile(16, 1, 1, 1, "rows")]
-    records.add([record(3, 0.4)])
+    records.add([record(3, 0.4)] * 2)
     assert Records(path, "m", "v").best("w") == Tile(16, 1, 3, 1, "rows")
 
 
@@ -197,8 +198,8 @@ def test_two_processes_write_into_one_file(tmp_path: Path) -> None:
 
 def test_files_are_merged_by_writing_one_after_the_other(tmp_path: Path) -> None:
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    Records(a, "m", "v").add([record(1, 0.7)])
-    Records(b, "m", "v").add([record(2, 0.6)])
+    Records(a, "m", "v").add([record(1, 0.7)] * 2)
+    Records(b, "m", "v").add([record(2, 0.6)] * 2)
     for first, second in ((a, b), (b, a)):
         merged = tmp_path / "merged.jsonl"
         merged.write_text(first.read_text() + second.read_text())
@@ -235,6 +236,20 @@ def test_the_search_finds_a_tile_and_the_model_is_built_with_it(clock: dict[str,
     assert len(best) == 2  # the linear has one row, and no better tile than the rule's
     assert {(tile.rows, tile.vectors, tile.unrolled) for tile in best.values()} == {(3, 2, 1)}
     torch.testing.assert_close(result(X), one(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_lucky_measurement_is_found_out(clock: dict[str, Any], tmp_path: Path) -> None:
+    seen: set[Tile] = set()
+
+    def lucky(workload: Workload, tile: Tile) -> float:
+        first = tile not in seen and bool(tile.outer)
+        seen.add(tile)
+        return 0.5 if first else 1.0
+
+    clock["seconds"] = lucky
+    result = compiled({"trials": 6, "database": tmp_path / "r.jsonl"}, nn.Conv2d(3, 5, 3).eval())
+    assert facts(result)["tiles"] == {}
+    assert len(lines(tmp_path / "r.jsonl")) == 8
 
 
 def test_equal_tiles_leave_the_rule(clock: dict[str, Any], tmp_path: Path) -> None:
@@ -291,7 +306,9 @@ def test_models_share_the_records_of_their_layers(clock: dict[str, Any], tmp_pat
     path = tmp_path / "r.jsonl"
     compiled({"trials": 18, "database": path})
     asked = len(clock["asked"])
-    with_sigmoid = nn.Sequential(*list(model())[:3], nn.Sigmoid()).eval()  # what follows a kernel is no part of its name
+    with_sigmoid = nn.Sequential(
+        *list(model())[:3], nn.Sigmoid()
+    ).eval()  # what follows a kernel is no part of its name
     known = sum(1 for said in lines(path) if said["workload"].startswith("conv2d"))
     compiled({"trials": known, "database": path}, with_sigmoid)
     assert len(clock["asked"]) == asked
