@@ -239,6 +239,12 @@ def test_bf16_is_declined() -> None:
         )  # fmt: skip
 
 
+def test_functions_of_float64_are_declined_with_their_line() -> None:
+    x = torch.randn(2, 8).double()
+    with pytest.raises(fxopt.UnsupportedOp, match=r"aten\.exp.*test_tvm_cuda\.py.*no code for 'exp' of float64"):
+        fxopt.compile(Apply(torch.exp), target="cuda", backend="tvm", example_inputs=(x,))
+
+
 @pytest.mark.parametrize("options", [{"mixed": True}, {"tune": {"trials": 8}}])
 def test_options_for_cpus_are_declined(options: dict[str, Any]) -> None:
     with pytest.raises(fxopt.UnsupportedOp, match=r"no option .* for target 'cuda'"):
