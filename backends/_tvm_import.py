@@ -3,6 +3,7 @@
 Clip: TVM tests the bounds for NaN and writes loops; ours are two operators that layouts and fusion understand.
 Gather: TVM computes the size of an axis when the model runs; ours is known, or the axis is dynamic.
 Slice: TVM compares the size of a dynamic axis with 2⁶³ when the model runs.
+LayerNormalization: TVM has none for bfloat16.
 DequantizeLinear: TVM knows no blocks; ours makes floats of constants, four bits are eight before that.
 """
 
@@ -160,6 +161,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             "Clip": _clip,
             "DequantizeLinear": _dequantize_blocks,
             "Gather": _gather,
+            "LayerNormalization": _layer_norm,
             "MatMulInteger": _matmul_integer,
             "Shape": _shape,
             "Slice": _slice,
@@ -223,6 +225,18 @@ def _gather(bb: Any, inputs: Any, attrs: Any) -> Any:
         wrapped = relax.op.add(indices, relax.const(int(size), dtype))
         positions = relax.op.where(relax.op.less(indices, relax.const(0, dtype)), wrapped, indices)
     return relax.op.take(data, bb.normalize(positions), axis, mode="clip")
+
+
+def _layer_norm(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """Of bfloat16, in float32."""
+    dtype, rank = str(getattr(inputs[0].ty, "dtype", "")), getattr(inputs[0].ty, "ndim", -1)
+    if dtype != "bfloat16" or rank < 0:
+        return None
+    x, gamma, *rest = (None if value is None else bb.emit(relax.op.astype(value, "float32")) for value in inputs)
+    beta = rest[0] if rest and rest[0] is not None else bb.emit(relax.op.zeros_like(gamma))
+    axes = list(range(int(attrs.get("axis", -1)) % rank, rank))
+    result = bb.emit(relax.op.nn.layer_norm(x, gamma, beta, axes, float(attrs.get("epsilon", 1e-5))))
+    return relax.op.astype(result, dtype)
 
 
 def _range(bb: Any, inputs: Any, attrs: Any) -> Any:

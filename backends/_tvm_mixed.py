@@ -138,9 +138,11 @@ class _Search:
 
     def refuse(self, error: UnsupportedOp) -> NoReturn:
         """Raise UnsupportedOp with all that is declined, or where that is nothing the reason that *error* gives."""
-        mixed = "" if self.target.name == "cuda" else " or backend_options={'mixed': True}, which runs that on PyTorch"
+        mixed = (
+            "" if self.target.name == "cuda" else "; backend_options={'mixed': True} leaves what needs it to PyTorch"
+        )
         if not self.declined:
-            raise UnsupportedOp(f"{error}{';' * bool(mixed)}{mixed}") from error
+            raise UnsupportedOp(f"{error}{mixed}") from error
         listed = "; ".join(self.lines(self.declined))
         raise UnsupportedOp(f"TVM cannot run {listed}: use backend='torch'{mixed}", self.declined) from error
 

@@ -1,0 +1,36 @@
+"""Operators that are imported in a form of our own, since TVM's importer has none for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+
+pytest.importorskip("tvm")
+
+
+def test_layer_norms_of_bfloat16() -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(
+        nn.LayerNorm(24), nn.Linear(24, 16), nn.LayerNorm((5, 16), elementwise_affine=False)
+    )
+    with torch.no_grad():
+        model[0].weight.uniform_(0.5, 2)  # type: ignore[index]
+        model[0].bias.normal_()  # type: ignore[index]
+    x = torch.randn(3, 5, 24).bfloat16()
+    compiled = fxopt.compile(model.bfloat16().eval(), example_inputs=(x,), backend="tvm")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("features", [96, 100])
+def test_weights_of_four_bits_are_the_numbers_of_the_graph(features: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(features, 64), nn.ReLU(), nn.Linear(64, 33)), torch.randn(4, features)
+    passes = "insert-fake-quant{activations=none,weights=int4}"
+    compiled = fxopt.compile(model.eval(), example_inputs=(x,), backend="tvm", passes=passes)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), compiled.graph(x)[0], rtol=1e-4, atol=1e-5)
+        assert (compiled(x) - model(x)).abs().max() > 1e-3  # they are of four bits
