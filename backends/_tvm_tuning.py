@@ -21,9 +21,9 @@ from typing import Any
 import tvm
 
 from fxopt.backends._onnx_file import OnnxFile
+from fxopt.backends._tuning import Tuning
 from fxopt.backends._tvm_build import prepare
 from fxopt.backends._tvm_measure import Bench
-from fxopt.backends._tvm_options import Tuning
 from fxopt.backends._tvm_records import WORTHWHILE, Record, Records
 from fxopt.backends._tvm_target import Machine
 from fxopt.backends._tvm_tiles import KERNELS, Tile

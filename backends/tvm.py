@@ -25,7 +25,7 @@ import torch
 from fxopt.backend import Backend, Executable, Payload, check_threads
 from fxopt.backends._onnx_executable import FileExecutable, runs_here
 from fxopt.backends._onnx_file import OnnxFile
-from fxopt.backends._tvm_options import Tuning
+from fxopt.backends._tuning import Tuning
 from fxopt.errors import ArtifactError, BackendUnavailable, FxoptError, UnsupportedOp
 from fxopt.program import Program
 from fxopt.target import Target

@@ -119,7 +119,7 @@ def test_times_of_a_stage_add_up() -> None:
     stages = progress.Stages()
     said: list[str] = []
     with stages.shown("compiling"):
-        stages._say = said.append
+        stages._say = lambda text, part: said.append(text)
         for name in ("capture", "passes", "capture"):
             with stages.stage(name):
                 pass
