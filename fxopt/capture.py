@@ -96,6 +96,7 @@ def _from_exported(model: ExportedProgram, args: tuple[Any, ...], kwargs: dict[s
     for own, theirs in zip(exported.graph.nodes, model.graph.nodes, strict=True):
         own.name = theirs.name  # a copy renames what shadows a builtin ("input"), the signature does not follow
     runner = private_copy(model.module())
+    refuse_unusable(runner)
     refuse_nan(runner)
     return _finish(exported, runner, args, kwargs, run_eager(runner, args, kwargs))
 

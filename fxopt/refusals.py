@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxopt.errors import CaptureError, InputError
 
@@ -17,7 +18,7 @@ def refuse_unusable(model: nn.Module) -> None:
     """Refuse what is no plain nn.Module with its weights.
 
     Raises:
-        CaptureError: a part of *model* is compiled or quantized code already. InputError: it has no weights yet.
+        CaptureError: a part of *model* is compiled or quantized already. InputError: it has no weights yet.
     """
     for name, module in model.named_modules():
         what = f"{type(module).__name__} {name!r}" if name else type(module).__name__
@@ -29,6 +30,11 @@ def refuse_unusable(model: nn.Module) -> None:
                 "and let a pass of fxopt quantize it (fxopt.passes.available())"
             )
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if is_traceable_wrapper_subclass(x):
+            raise CaptureError(
+                f"{name!r} is a {type(x).__name__}, which is no plain tensor and computes in its own way: pass the "
+                "model with plain weights (if it was quantized, as it was before, and let a pass of fxopt quantize it)"
+            )
         if is_lazy(x):
             raise InputError(f"{name!r} has no shape yet, it belongs to a lazy module: call the model once first")
         if x.is_meta:

@@ -78,6 +78,10 @@ class LayerQuality:
         return module_path(self.weight) or self.name
 
 
+def _number(x: Any) -> Any:
+    return None if x is None else float(x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Quality:
     """What quantization did and cost.
@@ -102,8 +106,15 @@ class Quality:
     @staticmethod
     def from_plain(entry: Mapping[str, Any]) -> Quality:
         """What :meth:`to_plain` gave."""
-        outputs = tuple(OutputQuality(*one) for one in entry["outputs"])
-        return Quality(str(entry["scheme"]), outputs, tuple(LayerQuality(*one) for one in entry["layers"]))
+        outputs = tuple(OutputQuality(str(name), *map(_number, rest)) for name, *rest in entry["outputs"])
+        layers = []
+        fields = [field.name for field in dataclasses.fields(LayerQuality)]
+        for one in entry["layers"]:
+            told: dict[str, Any] = dict(zip(fields, one, strict=True))
+            numbers = ("snr_db", "low", "high", "clipped")
+            told = {name: _number(x) if name in numbers else str(x) for name, x in told.items()}
+            layers.append(LayerQuality(**told))
+        return Quality(str(entry["scheme"]), outputs, tuple(layers))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the histograms; see :func:`pictures.plot`."""

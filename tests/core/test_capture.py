@@ -634,3 +634,12 @@ def test_another_structure_is_described_in_words(args: Any, kwargs: Any, message
     captured = capture(Model(lambda m, t, y: t["a"] + t["b"] + y[0]), ({"a": X, "b": X},), {"y": [X]})
     with pytest.raises(fxopt.InputError, match=f"another structure than at capture: {message}"):
         run(captured, *args, **kwargs)
+
+
+def test_weights_that_are_no_plain_tensors_are_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model: Any = nn.Linear(3, 3)
+    model.weight = nn.Parameter(TwoTensor(torch.ones(3, 3), torch.ones(3, 3)))
+    with pytest.raises(fxopt.CaptureError, match="'weight' is a TwoTensor, which is no plain tensor"):
+        fxopt.compile(model, example_inputs=(torch.ones(1, 3),), backend="torch")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._export.db.examples import all_examples
 from torch.testing._internal import common_quantization
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import fxopt
@@ -283,6 +284,11 @@ def test_what_no_pass_can_take_runs_as_it_is() -> None:
     mapped = torch.compile(lambda x: torch.vmap(lambda row: model(row[None])[0])(x), backend="fxopt")
     with torch.no_grad(), pytest.warns(UserWarning, match="runs as it is, not compiled: pass "):
         assert same(mapped(x), model(x))
+    odd: Any = nn.Linear(4, 4)
+    odd.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    twice: Any = torch.compile(odd, backend="fxopt")
+    with torch.no_grad(), pytest.warns(UserWarning, match="runs as it is, not compiled: .* is a TwoTensor"):
+        assert same(twice(x).a, x.sum(1, keepdim=True) + odd.bias)
     empty = torch.compile(Net().eval().to("meta"), backend="fxopt")
     with torch.no_grad(), pytest.warns(UserWarning, match="runs as it is, not compiled: .* is on the meta device"):
         assert empty(x.to("meta")).shape == (3, 3)
