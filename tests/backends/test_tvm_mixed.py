@@ -554,6 +554,17 @@ def test_an_op_on_which_tvm_fails_without_a_word_is_found(monkeypatch: pytest.Mo
         fxopt.compile(model, example_inputs=(x,), backend="tvm")
 
 
+@pytest.mark.slow
+def test_conformance() -> None:
+    found = fxopt.conformance.run(TvmBackend(mixed=True))
+    assert not found.failures, found
+    declined = {one.case for one in found if one.verdict == "declined"}
+    assert not [
+        name for name in declined if not re.match("recurrent|index|fourier|dtype: complex|state|control|sparse", name)
+    ]
+    assert "state: a cache that is written" not in declined
+
+
 # --- how programs are cut
 
 
