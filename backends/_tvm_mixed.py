@@ -29,7 +29,7 @@ from fxopt.program import Program
 from fxopt.target import Target
 
 if TYPE_CHECKING:
-    from fxopt.backends._tvm_options import Tuning
+    from fxopt.backends._tuning import Tuning
     from fxopt.backends.tvm import TvmBackend
 
 
