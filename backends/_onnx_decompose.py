@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt.backends import _onnx_stable
+from fxopt.backends import _onnx_half, _onnx_stable
 from fxopt.errors import PassError
 from fxopt.rewriter import Rewriter, fake_mode
 
@@ -34,7 +34,8 @@ def decompose(rewriter: Rewriter, node: fx.Node, registry: ONNXRegistry) -> bool
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return True  # nothing to be made of; what has no translation is found later
-    formula, registered = _onnx_stable.FORMULAS.get(node.target), registry.is_registered(node.target)
+    formula = _onnx_stable.FORMULAS.get(node.target) or _onnx_half.FORMULAS.get(node.target)
+    registered = registry.is_registered(node.target)
     if formula is None and registered:
         return True
     try:
@@ -128,4 +129,4 @@ def _decompositions(registry: ONNXRegistry) -> Mapping[Any, Callable[..., Any]]:
     from torch.onnx._internal.exporter import _decomp
 
     translated = set(_decomp.get_onnx_implemented_overloads(registry))
-    return _decomp.create_onnx_friendly_decomposition_table(translated) | _onnx_stable.FORMULAS
+    return _decomp.create_onnx_friendly_decomposition_table(translated) | _onnx_stable.FORMULAS | _onnx_half.FORMULAS

@@ -1,0 +1,43 @@
+"""Reductions of float16 on the onnx backend: values and dtypes of eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+
+pytest.importorskip("onnxscript")
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(),
+    "sum of a dim": lambda x: x.sum(1, keepdim=True),
+    "sum in float32": lambda x: x.sum(1, dtype=torch.float32),
+    "prod": lambda x: x.prod(1),
+    "prod of all": lambda x: x.prod(),
+    "amax": lambda x: x.amax((0, 1)),
+    "amin": lambda x: x.amin(-1),
+    "cumsum": lambda x: x.cumsum(0),
+    "cumprod": lambda x: x.cumprod(1),
+}
+
+
+class Calls(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_of_half_precision_keep_their_dtype(name: str) -> None:
+    x = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)).half() + 0.5
+    model = Calls(REDUCTIONS[name]).eval()
+    result, expected = fxopt.compile(model, example_inputs=(x,), backend="onnx")(x), model(x)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=2e-3, atol=1e-3)
