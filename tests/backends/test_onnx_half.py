@@ -21,7 +21,6 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "amax": lambda x: x.amax((0, 1)),
     "amin": lambda x: x.amin(-1),
     "cumsum": lambda x: x.cumsum(0),
-    "cumprod": lambda x: x.cumprod(1),
 }
 
 
