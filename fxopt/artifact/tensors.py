@@ -152,7 +152,8 @@ class Tensors:
 
     def _one(self, name: str, entry: Mapping[str, Any]) -> torch.Tensor:
         if "complex" in entry:
-            return torch.view_as_complex(self._one(name, entry["complex"]).contiguous())
+            pairs = self._one(name, entry["complex"]).contiguous()
+            return torch.view_as_complex(pairs).clone()  # torch cannot make a fake tensor of a view of real numbers
         if "pattern" in entry:
             n, m = entry["pattern"]
             if not (type(n) is int and type(m) is int and 0 < n < m <= 256):

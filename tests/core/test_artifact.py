@@ -586,3 +586,17 @@ def test_folders_go_without_a_warning(backend: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "ResourceWarning" not in done.stderr
+
+
+def test_complex_weights(tmp_path: Path) -> None:
+    class Rotates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.view_as_real(torch.view_as_complex(x) * self.turn)
+
+    model, x = Rotates().eval(), torch.randn(3, 4, 2)
+    fxopt.compile(model, example_inputs=(x,), backend="torch").save(tmp_path / "m.fxopt")
+    assert torch.equal(fxopt.load(tmp_path / "m.fxopt")(x), model(x))
