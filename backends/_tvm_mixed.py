@@ -177,7 +177,7 @@ class _Search:
             steps.append(Step(engine, part.on_torch, _names(part.reads), _names(part.gives), names))
         executable = MixedExecutable(whole, steps, self.target, self._notes())
         program.constants.clear()
-        program.constants.update(left)
+        program.constants.update({**left, **executable.held})
         return executable
 
     def _tuned(self, part: Part) -> Executable:

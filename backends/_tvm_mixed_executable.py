@@ -41,6 +41,7 @@ class MixedExecutable(Executable):
 
     Attributes:
         steps: the parts.
+        held: the model's state, and constants that are results.
     """
 
     def __init__(self, program: Program, steps: Sequence[Step], target: Target, notes: Sequence[str]) -> None:
@@ -56,8 +57,8 @@ class MixedExecutable(Executable):
         results = program.output.all_input_nodes
         kept = [n for n in program.graph.find_nodes(op="get_attr") if n in results or n.target in self._state]
         self._nodes = {node.name: str(node.target) for node in kept}
-        self._held = {name: program.constants[name] for name in sorted({*self._state, *self._nodes.values()})}
-        own(self._held)
+        self.held = {name: program.constants[name] for name in sorted({*self._state, *self._nodes.values()})}
+        own(self.held)
         self._dying = self._last_uses({node.name for node in results})
 
     def _last_uses(self, results: set[str]) -> list[list[str]]:
@@ -80,7 +81,7 @@ class MixedExecutable(Executable):
                 f"this model was compiled for target '{self._target}', which cannot run here, since "
                 f"{self._target.obstacle}: save it as .fxopt, and load it there"
             )
-        values: dict[str, Any] = {name: self._held[constant] for name, constant in self._nodes.items()}
+        values: dict[str, Any] = {name: self.held[constant] for name, constant in self._nodes.items()}
         values |= zip(self._inputs, inputs, strict=True)
         for step, dead in zip(self.steps, self._dying, strict=True):
             values |= zip(step.gives, step.engine([values[name] for name in step.reads]), strict=True)
@@ -91,7 +92,7 @@ class MixedExecutable(Executable):
 
     def _apart(self, outputs: list[Any], inputs: Sequence[Any]) -> list[Any]:
         """*outputs*, copied where what is written back after the call would change them."""
-        written = [*(self._held[name] for name in self._state), *(inputs[i] for i in self._written)]
+        written = [*(self.held[name] for name in self._state), *(inputs[i] for i in self._written)]
         memory = {tensor.untyped_storage().data_ptr() for tensor in written}
         return [y.clone() if isinstance(y, torch.Tensor) and _memory(y) in memory else y for y in outputs]
 
@@ -113,8 +114,8 @@ class MixedExecutable(Executable):
         Raises:
             KeyError: no part has such a constant.
         """
-        if name in self._held:
-            held: torch.Tensor = self._held[name]
+        if name in self.held:
+            held: torch.Tensor = self.held[name]
             return held
         for step in self.steps:
             if name in step.holds:
@@ -123,7 +124,7 @@ class MixedExecutable(Executable):
 
     def nbytes(self) -> int:
         """Bytes of all weights, those that two parts read counted for each."""
-        held: int = sum(tensor.untyped_storage().nbytes() for tensor in self._held.values())
+        held: int = sum(tensor.untyped_storage().nbytes() for tensor in self.held.values())
         return held + sum(step.engine.nbytes() or 0 for step in self.steps)
 
 

@@ -65,9 +65,10 @@ class Variant:
     def whole_program(self) -> Program:
         """The final program with all its constants, those that the engine keeps in another form included."""
         program = self.program.copy()
+        state = {back.constant for back in program.signature.writebacks}  # what calls have made of it
         for node in program.graph.find_nodes(op="get_attr"):
             name = str(node.target)
-            if name not in program.constants:
+            if name not in program.constants or name in state:
                 value, fake = self.executable.constant(name), node.meta.get("val")
                 widened = isinstance(fake, torch.Tensor) and fake.dtype != value.dtype  # by the engine, for its own use
                 program.constants[name] = value.to(fake.dtype) if widened else value

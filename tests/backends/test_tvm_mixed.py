@@ -318,13 +318,17 @@ class Stateful(nn.Module):
         return torch.softmax(x @ self.cache.T, -1) @ self.cache + self.count + torch.fft.rfft(self.new).abs().sum()
 
 
-def test_state_is_kept_between_calls() -> None:
+def test_state_is_kept_between_calls_and_in_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Stateful()
     mixed = compiled(model, torch.randn(1, 8), torch.tensor([0]))
     for place in (0, 3, 5, 3):
         same(model, mixed, torch.randn(1, 8), torch.tensor([place]))
     assert "tvm" in engines(mixed)
+    mixed.save(tmp_path / "m.fxopt")
+    loaded = fxopt.load(tmp_path / "m.fxopt")
+    for place in (1, 5):
+        same(model, loaded, torch.randn(1, 8), torch.tensor([place]))
 
 
 class Noisy(nn.Module):
