@@ -2,6 +2,7 @@
 
 Clip: TVM tests the bounds for NaN and writes loops; ours are two operators that layouts and fusion understand.
 Gather: TVM computes the size of an axis when the model runs; ours is known, or the axis is dynamic.
+Resize: see _tvm_resize.
 Slice: TVM compares the size of a dynamic axis with 2⁶³ when the model runs.
 LayerNormalization: TVM has none for bfloat16.
 DequantizeLinear: TVM knows no blocks; ours makes floats of constants, four bits are eight before that.
@@ -21,6 +22,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map, get_info
 
+from fxopt.backends._tvm_resize import resize
 from fxopt.backends._tvm_sizes import as_tensor, compute, known
 from fxopt.errors import UnsupportedOp
 
@@ -166,11 +168,12 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             "Shape": _shape,
             "Slice": _slice,
             "Range": _range,
+            "Resize": resize,
         }.get(op_name)
-        made = ours(self.bb, inputs, attrs) if ours is not None else None
-        if made is not None:
-            return self.bb.normalize(made)
         try:
+            made = ours(self.bb, inputs, attrs) if ours is not None else None
+            if made is not None:
+                return self.bb.normalize(made)
             return super()._convert_operator(op_name, inputs, attrs, opset)
         except Exception as error:
             raise self._declined(op_name, str(attrs.get("tvm_custom", {}).get("name", op_name)), error) from error
