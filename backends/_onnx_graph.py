@@ -164,6 +164,8 @@ def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
     The exporter's translation gives such a query NaN, or with a bool mask the mean of all values. A constant mask that
     leaves each query a key is left to it.
     """
+    if ops.arguments(node)["enable_gqa"]:
+        _share_heads(rewriter, node)
     a = ops.arguments(node)
     mask = a["attn_mask"]
     if not isinstance(mask, fx.Node):
@@ -176,9 +178,6 @@ def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
         return rewriter.call(target, args, before=node)
 
     query, key, value = a["query"], a["key"], a["value"]
-    if a["enable_gqa"]:  # several heads of queries share a head of keys
-        shared = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
-        key, value = (call(aten.repeat_interleave.self_int, x, shared, -3) for x in (key, value))
     size = query.meta["val"].shape[-1]
     scale = a["scale"] if a["scale"] is not None else float(size) ** -0.5
     scores = call(aten.matmul.default, call(aten.mul.Scalar, query, scale), call(aten.transpose.int, key, -2, -1))
@@ -191,6 +190,21 @@ def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
     none = call(aten.logical_not.default, call(aten.any.dim, call(aten.logical_not.default, hidden), -1, True))
     weights = call(aten.masked_fill.Scalar, weights, none, 0.0)
     rewriter.replace(node, call(aten.matmul.default, weights, value))
+
+
+def _share_heads(rewriter: Rewriter, node: fx.Node) -> None:
+    """Repeat heads of keys and values that several heads of queries share.
+
+    The exporter's translation has a scalar for the axes of its Unsqueeze, which are a vector in ONNX.
+    """
+    a = ops.arguments(node)
+    query, key, value = a["query"], a["key"], a["value"]
+    shared = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+    if shared > 1:
+        repeat = aten.repeat_interleave.self_int
+        key, value = (rewriter.call(repeat, (x, shared, -3), before=node) for x in (key, value))
+    node.args = (query, key, value, a["attn_mask"], a["dropout_p"], a["is_causal"])
+    node.kwargs = {"scale": a["scale"]}
 
 
 def _zeros(rewriter: Rewriter, node: fx.Node) -> None:

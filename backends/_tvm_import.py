@@ -23,7 +23,7 @@ from tvm.ir import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map, get_info
 
 from fxopt.backends._tvm_resize import resize
-from fxopt.backends._tvm_sizes import as_tensor, compute, known
+from fxopt.backends._tvm_sizes import as_tensor, compute, expand, known
 from fxopt.errors import UnsupportedOp
 
 _END = 2**31 - 1  # slices that go at least so far go to the end
@@ -162,6 +162,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         ours = {
             "Clip": _clip,
             "DequantizeLinear": _dequantize_blocks,
+            "Expand": expand,
             "Gather": _gather,
             "LayerNormalization": _layer_norm,
             "MatMulInteger": _matmul_integer,

@@ -16,6 +16,7 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 
 from fxopt.backends._tvm_loops import static
+from fxopt.backends._tvm_packing import constant
 
 _LONGEST = 16  # elements; longer constants are no sizes
 
@@ -67,6 +68,14 @@ def as_tensor(operator: str, value: Any) -> Any:
     if tvm.ir.is_prim_expr(value):
         return relax.op.reshape(relax.op.shape_to_tensor(relax.ShapeExpr([_long(value)])), ())
     return value
+
+
+def expand(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """Expand: a shape that is known is made a ``ShapeExpr``, where TVM takes sizes of the tensor that are open."""
+    sizes, shape = list(inputs[0].ty.shape or ()), constant(inputs[1])
+    if shape is not None and any(static(size) is None for size in sizes):
+        counts = [1] * (len(sizes) - len(shape)) + [int(count) for count in shape]
+        inputs[1] = relax.ShapeExpr([tirx.IntImm("int64", count) for count in counts])
 
 
 _Sizes = tuple[list[Any], int]

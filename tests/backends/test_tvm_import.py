@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxopt
@@ -34,3 +35,26 @@ def test_weights_of_four_bits_are_the_numbers_of_the_graph(features: int) -> Non
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), compiled.graph(x)[0], rtol=1e-4, atol=1e-5)
         assert (compiled(x) - model(x)).abs().max() > 1e-3  # they are of four bits
+
+
+class Grouped(nn.Module):
+    """Attention whose heads of queries share heads of keys and values."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        attend = F.scaled_dot_product_attention
+        causal = attend(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        return attend(q, k, v, enable_gqa=True) + causal, attend(q, q, q, enable_gqa=True)
+
+
+def test_heads_of_keys_that_several_of_queries_share() -> None:
+    torch.manual_seed(0)
+    model, dynamic = Grouped(), {0: "batch", 2: "tokens"}
+
+    def heads(batch: int, tokens: int) -> list[torch.Tensor]:
+        return [torch.randn(batch, count, tokens, 8) for count in (4, 2, 2)]
+
+    compiled = fxopt.compile(
+        model, example_inputs=tuple(heads(2, 6)), backend="tvm", dynamic_shapes=(dynamic, dynamic, dynamic)
+    )
+    for inputs in (heads(2, 6), heads(3, 9)):
+        torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
