@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 aten = torch.ops.aten
+_STEPS = 3  # from a node that a pass has made to one of the user's
 # Memory that holds anything until it is written to: zeros are as good, and there is nothing else in ONNX.
 UNWRITTEN = {
     "empty": aten.zeros.default,
@@ -53,12 +54,23 @@ UNWRITTEN = {
 
 
 def located(node: fx.Node) -> str:
-    """``aten.fft_fft.default at model.py:12``, for error messages."""
-    where = source_line(node)
+    """``aten.fft_fft.default at model.py:12``, for error messages. What a pass has made is where its readers are."""
+    where = source_line(node) or _line_of_readers(node)
     what = f"the constant {node.target}" if node.op == "get_attr" else f"{node.target}"
     if where.startswith("<eval_with_key>"):  # no line of the user's is known for what torch.cond has captured
         return f"{what} in a branch or a loop"
     return what + (f" at {where}" if where else "")
+
+
+def _line_of_readers(node: fx.Node) -> str:
+    """The source line of the node that *node* is made for, or ""; a quantize is two steps before its convolution."""
+    readers = dict.fromkeys(node.users)
+    for _ in range(_STEPS):
+        line = next(filter(None, map(source_line, readers)), "")
+        if line:
+            return line
+        readers = dict.fromkeys(user for reader in readers for user in reader.users)
+    return ""
 
 
 def origin(node: fx.Node) -> str:

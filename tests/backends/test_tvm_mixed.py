@@ -558,6 +558,37 @@ def test_an_op_on_which_tvm_fails_without_a_word_is_found(monkeypatch: pytest.Mo
         fxopt.compile(model, example_inputs=(x,), backend="tvm")
 
 
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.conv2d(x, self.weight)  # convolved
+
+
+def test_what_a_pass_has_made_is_declined_with_the_line_of_the_op_that_it_is_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fxopt.backends import _tvm_import
+
+    convert = _tvm_import.ONNXGraphImporter._convert_operator
+
+    def failing(self: Any, op_name: str, *args: Any) -> Any:
+        if op_name == "QuantizeLinear":
+            raise NotImplementedError("not today")
+        return convert(self, op_name, *args)
+
+    monkeypatch.setattr(_tvm_import.ONNXGraphImporter, "_convert_operator", failing)
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(fxopt.UnsupportedOp) as info:
+        fxopt.compile(
+            Convolved(), example_inputs=(x,), backend="tvm", passes="insert-fake-quant", calibration=[(x,)] * 2
+        )
+    place = f"{__file__}:{line_of('convolved')}"
+    assert f"quantize_per_tensor.default at {place} (TVM cannot import QuantizeLinear: not today)" in str(info.value)
+
+
 @pytest.mark.slow
 def test_conformance() -> None:
     found = fxopt.conformance.run(TvmBackend(mixed=True))
