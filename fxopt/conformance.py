@@ -4,7 +4,8 @@
 
 A backend conforms when each graph either gives what it should, at every call, or is refused at compile time with an
 :class:`~fxopt.UnsupportedOp` that says why. Other numbers, another exception, an input that is changed, an earlier
-result that a later call overwrites: each of these is a failure.
+result that a later call overwrites: each of these is a failure. What an operator makes of NaN is the engine's own
+affair: in some engines a maximum or a relu drops it.
 """
 
 from __future__ import annotations

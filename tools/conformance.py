@@ -24,8 +24,10 @@ HEAD = """# Conformance
 
 What each backend does with the small graphs of `fxopt.conformance`: *yes* means that every call gives what eager gives
 (after lossy passes: what the graph gives that is left), and a number stands for the reason why it declines, below. A
-backend declines when it is compiled, with `UnsupportedOp`; it never computes something else. `tools/conformance` writes
-this page, and `fxopt.conformance.run("name")` tries a backend of your own.
+backend declines when it is compiled, with `UnsupportedOp`; it never computes something else. What an operator makes of
+NaN is the engine's own affair and not held to that: [onnx](backends/onnx.md#limits) and
+[openvino](backends/openvino.md#limits) lose NaN in operators that are named there. `tools/conformance` writes this
+page, and `fxopt.conformance.run("name")` tries a backend of your own.
 """
 
 

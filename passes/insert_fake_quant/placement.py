@@ -20,6 +20,7 @@ from torch import fx
 
 from fxopt import ops
 from fxopt.passes.insert_fake_quant.scheme import Scheme
+from fxopt.program import Program
 
 Refuse = Callable[[fx.Node], str | None]
 _CLAMPS = {"relu", "hardtanh"}
@@ -210,3 +211,15 @@ def readers(node: fx.Node, placement: Placement) -> Iterator[fx.Node]:
     for user in node.users:
         if node in placement.native or node in placement.reads.get(user, ()):
             yield user
+
+
+def returned(program: Program, placement: Placement, scheme: Scheme) -> dict[str, fx.Node]:
+    """Names of outputs that a kernel gives as integers, each with the value whose range it is then clipped to."""
+    found = dict[str, fx.Node]()
+    for leaf, value in zip(program.signature.outputs, program.output.args[0], strict=True):  # type: ignore[arg-type]
+        while isinstance(value, fx.Node) and value not in placement.quantized and role(value) in scheme.moves:
+            sources = float_inputs(value)
+            value = sources[0] if len(sources) == 1 else None
+        if value in placement.native and value in placement.quantized:
+            found[leaf.name] = value
+    return found

@@ -178,6 +178,14 @@ class Noise:
         return self.product / norm if norm > 0 else float(self.error == 0)
 
 
+def clipped(output: str, low: float, high: float) -> str:
+    """The remark that the engine gives *output* as integers, which end where the values in calibration did."""
+    return (
+        f"output {output!r} is clipped to what calibration saw, {low:.4g} to {high:.4g}: the int8 kernel of its last "
+        "layer gives integers (overrides=['<layer>=float'] leaves that layer in float)"
+    )
+
+
 def outputs(exact: Program, noisy: Program, batches: Sequence[Sequence[Any]]) -> list[OutputQuality]:
     """The :class:`OutputQuality` of each floating output of the model; what is NaN in *exact* does not count.
 

@@ -20,7 +20,7 @@ from fxopt.passbase import PassContext
 from fxopt.passes.insert_fake_quant import calibrate, embeddings, insert, pictures, quality, weights
 from fxopt.passes.insert_fake_quant.insert import Range
 from fxopt.passes.insert_fake_quant.latency import choose_by_latency
-from fxopt.passes.insert_fake_quant.placement import Placement, place
+from fxopt.passes.insert_fake_quant.placement import Placement, place, returned
 from fxopt.passes.insert_fake_quant.scheme import Scheme, choose
 from fxopt.program import Program, source_line
 from fxopt.rewriter import Rewriter
@@ -94,11 +94,9 @@ class Quantization:
                 self.tables.append(node.name)
             else:
                 self.reasons[node.name] = reason
-
         for node in self.rewriter.nodes():
             if weights.is_by_hand(self.rewriter, node):
                 self.reasons[node.name] = "its weight is no linear's or conv's: engines have no int8 kernel for it"
-
         self._say_what_is_off(already=any(quantized.is_dequantize(ops.arguments(unit)["weight"]) for unit in units))
 
     def _say_what_is_off(self, *, already: bool) -> None:
@@ -259,6 +257,8 @@ class Quantization:
         placement = self.place(exact)
         groups = self._groups(placement)
         ranges = {node.name: groups[group] for node, group in placement.quantized.items()}
+        for output, value in returned(exact, placement, self.scheme).items():
+            self.rewriter.note(quality.clipped(output, ranges[value.name].low, ranges[value.name].high))
         shown = pictures.collect(exact, list(self.modes), ranges, kept[0]) if kept and self.modes else {}
         layers = []
         modes = self.modes | dict.fromkeys(self.tables, "none")

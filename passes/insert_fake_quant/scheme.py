@@ -86,6 +86,7 @@ OPENVINO = Scheme(
     "openvino",
     units=frozenset({"conv", "conv_transpose", "linear"}),
     elementwise=frozenset({"add", "mul", "avg_pool"}),
+    float_results=frozenset({"conv", "conv_transpose", "linear"}),
     dynamic=False,
     group_multiple=2,  # of several groups of odd size its kernel reads other memory
 )

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
@@ -204,3 +205,61 @@ def test_cuda_gets_what_tensorrt_reads(tmp_path: Path) -> None:
             assert all(constants[name].dtype == "float32" for name in bias)
     [add] = [node for node in graph.node if node.op_type == "Add"]
     assert sorted(made[name].op_type for name in add.input) == ["Conv", "DequantizeLinear"]
+
+
+def beyond_calibration(kind: Any, options: str, backend: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A quantized model, inputs in the range of its calibration data that give more than any of them, and that result.
+
+    One convolution hands on what it reads; in the other, of *kind*, each product is positive for these inputs.
+    """
+    torch.manual_seed(0)
+    conv, last = (nn.Conv3d if kind is nn.Conv3d else nn.Conv2d)(16, 16, 1, bias=False), kind(16, 4, 1)
+    nn.init.dirac_(conv.weight)
+    model = nn.Sequential(conv, nn.ReLU(), last).eval()
+    sizes = (5,) * (conv.weight.dim() - 2)
+    data = [(torch.rand(2, 16, *sizes),) for _ in range(4)]
+    column = last.weight[:, 0] if kind is nn.ConvTranspose2d else last.weight[0]
+    x = (column > 0).float().view(1, 16, *([1] * len(sizes))).expand(2, 16, *sizes).detach().contiguous()
+    spec = f"insert-fake-quant{{{options}}}"
+    result = fxopt.compile(model, example_inputs=data[0], passes=spec, calibration=data, backend=backend)
+    with torch.no_grad():
+        return result, x, model(x)
+
+
+KEEPS = [
+    ("torch", nn.Conv3d, ""),
+    ("openvino", nn.Conv3d, ""),
+    ("openvino", nn.ConvTranspose2d, ""),
+    ("onnx", nn.Conv3d, "overrides=['2=float']"),
+]
+
+
+@pytest.mark.parametrize(("backend", "kind", "options"), KEEPS)
+def test_an_output_beyond_the_calibration_data_is_not_clipped(backend: str, kind: Any, options: str) -> None:
+    result, x, expected = beyond_calibration(kind, options, backend)
+    assert (result(x) - expected).abs().max() < 0.02 * expected.abs().max()
+    assert not clipped(result)
+
+
+def clipped(result: Any) -> list[str]:
+    """What the report says of outputs that are."""
+    return [note for one in result.report.passes for note in one.notes if "is clipped" in note]
+
+
+def test_the_report_says_where_an_output_is_clipped() -> None:
+    """A convolution of onnxruntime gives integers only, also behind a view."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
+    x = torch.randn(2, 3, 4, 4)
+    [note] = clipped(compiled(model, x))
+    assert note.startswith("output 'output' is clipped to what calibration saw, -")
+    assert not clipped(compiled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Softplus()), x))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv3d, nn.ConvTranspose2d])
+def test_onnxruntime_computes_what_the_file_says(kind: Any, tmp_path: Path) -> None:
+    """Also where its integer kernel has to clip an output, as the quantize in the file does."""
+    result, x, expected = beyond_calibration(kind, "", "onnx")
+    result.save(tmp_path / "m.onnx")
+    file = ReferenceEvaluator(str(tmp_path / "m.onnx"))
+    [said] = file.run(None, {file.input_names[0]: x.numpy()})
+    assert (result(x) - torch.from_numpy(said)).abs().max() < 0.01 * expected.abs().max()

@@ -194,3 +194,19 @@ POOLS: list[Compute] = [
 def test_pooling_with_a_divisor_or_with_windows_beyond_the_input(backend: str, function: Compute, size: int) -> None:
     x = _normal(1, 2, size, size)
     assert_same(compiled(function, x, backend=backend)(-3 * x), function(-3 * x), rtol=1e-5, atol=1e-6)
+
+
+KEEP_NAN: list[Compute] = [
+    lambda x: (x.relu(), F.relu6(x), x.clamp(-1, 1), x.clamp(min=0), x.clamp(max=0), F.hardtanh(x), F.hardswish(x)),
+    lambda x: (torch.maximum(x, x.flip(-1)), torch.minimum(x, x.flip(-1)), x + x.flip(-1), x.sum(-1), x.mean(-1)),
+    lambda x: (F.elu(x), F.celu(x), F.selu(x), F.gelu(x), F.silu(x), F.softplus(x), F.leaky_relu(x), x.sigmoid()),
+    lambda x: (x.softmax(-1), x.log_softmax(-1), x.logsumexp(-1), x.tanh(), x.exp(), x @ x, F.layer_norm(x, (4,))),
+    lambda x: (F.conv2d(x[None, None], torch.ones(1, 1, 1, 1)).relu(), F.linear(x, torch.eye(4)).relu()),
+]
+
+
+@pytest.mark.parametrize("function", KEEP_NAN)
+def test_what_onnxruntime_makes_nan_of_is_nan(function: Compute) -> None:
+    """What the page of the backend says of NaN; it names the operators that drop it."""
+    x = torch.tensor([[nan, 1, -2, 0.5], [3, nan, 0.2, -1], [-0.5, -3, nan, 0.7], [0.1, 2, -1, nan]])
+    assert_same(compiled(function, _normal(4, 4), backend="onnx")(x), function(x), 2e-6, 1e-6)
