@@ -20,11 +20,14 @@ class FileExecutable(Executable):
 
     Class attributes:
         engine: its name, for error messages.
-        product: the file that it saves, for error messages.
     """
 
     engine: ClassVar[str]
-    product: ClassVar[str] = "model.onnx"
+
+    @property
+    def product(self) -> str:
+        """The file that it saves, for error messages."""
+        return "model.onnx"
 
     def __init__(self, file: OnnxFile, target: Target, *, runs_here: bool, obstacle: str = "") -> None:
         """For a machine that this one is not, or where something is missing, the file is all there is."""

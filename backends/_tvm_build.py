@@ -100,6 +100,17 @@ class Built:
         self.tiles = tiles.used()
         self._idle: list[Any] = []  # virtual machines; append and pop are atomic
 
+    @property
+    def product(self) -> str:
+        """The file that can be written here: a shared library where there is a linker for it."""
+        if self.linked is not None:
+            return f"model{self.linked.suffix}"
+        try:
+            linker(self.machine)
+        except ArtifactError:
+            return "model.tar"
+        return "model.so"
+
     def link(self, path: Path) -> None:
         """Write the library to *path*: .so, or .tar with what is to be linked.
 
@@ -175,10 +186,12 @@ def linker(machine: Machine) -> str:
     triple = str(machine.llvm["mtriple"])
     own = triple.split("-")[0] == platform.machine()
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"] if own else []
-    names += [f"{triple}-g++", f"{triple}-gcc"]
+    if "apple" not in triple:
+        names += [f"{triple}-g++", f"{triple}-gcc"]
     found = next((path for name in names if name and (path := shutil.which(name))), None)
     if found is None:
-        raise ArtifactError(f"a shared library needs one of {', '.join(filter(None, names))} to link it: save a .tar")
+        needed = f"one of {', '.join(filter(None, names))}" if any(names) else "a Mac"
+        raise ArtifactError(f"a shared library for {triple} needs {needed} to link it: save a .tar")
     return found
 
 

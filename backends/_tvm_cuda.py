@@ -246,7 +246,6 @@ class CudaExecutable(FileExecutable):
     """PTX and its parameters."""
 
     engine: ClassVar[str] = "TVM"
-    product: ClassVar[str] = "model.so"
 
     def __init__(self, file: OnnxFile, target: Target, built: CudaBuilt) -> None:
         missing = target.runs_here and not tvm.cuda(0).exist
@@ -254,6 +253,11 @@ class CudaExecutable(FileExecutable):
         super().__init__(file, target, runs_here=target.runs_here and not missing, obstacle=obstacle)
         self.notes = (f"PTX for {target.llvm['mcpu']} and later, without tensor cores", *built.notes)
         self._built = built
+
+    @property
+    def product(self) -> str:
+        """The library, as it can be written here."""
+        return self._built.product
 
     def _run(self, feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return self._built.run(list(feed.values()), 1)

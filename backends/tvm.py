@@ -37,7 +37,6 @@ class TvmExecutable(FileExecutable):
     """A library compiled by TVM, and its parameters. Calls may run side by side, on virtual machines of their own."""
 
     engine: ClassVar[str] = "TVM"
-    product: ClassVar[str] = "model.so"
 
     def __init__(self, file: OnnxFile, target: Target, built: Any, threads: int | None, remark: str = "") -> None:
         """*built* is a ``_tvm_build.Built``; *remark* tells how it was tuned."""
@@ -45,6 +44,11 @@ class TvmExecutable(FileExecutable):
         self.notes = (f"tuned: {remark}",) if remark else ()
         self._built = built
         self._threads = threads
+
+    @property
+    def product(self) -> str:
+        """The library, as it can be written here."""
+        return str(self._built.product)
 
     def payload(self) -> Payload:
         """The ONNX file, from which weights are packed again, and the library where it can be linked and run here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -215,10 +216,25 @@ def test_a_saved_library_needs_only_the_runtime(tmp_path: Path) -> None:
         compiled.save(tmp_path / "model.onnx")
 
 
-def test_a_foreign_target_compiles_and_says_that_it_cannot_run() -> None:
+def test_a_foreign_target_compiles_and_says_that_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable, captured = lower(ConvRelu(), (torch.randn(1, 3, 8, 8),), target=resolve_target("cortex-a76"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(fxopt.BackendUnavailable, match=r"TVM cannot run here.*model\.tar"):
+        executable(captured.inputs)
+    (tmp_path / "aarch64-linux-gnu-g++").touch(0o755)  # a linker
     with pytest.raises(fxopt.BackendUnavailable, match=r"TVM cannot run here.*model\.so"):
         executable(captured.inputs)
+
+
+def test_nothing_but_a_mac_links_for_macs() -> None:
+    from fxopt.backends._tvm_build import linker
+    from fxopt.backends._tvm_target import machine
+
+    triple = resolve_target("apple-m1").llvm["mtriple"]
+    if triple.split("-")[0] == platform.machine():
+        pytest.skip("this is one")
+    with pytest.raises(fxopt.ArtifactError, match=rf"{triple} needs a Mac to link it: save a \.tar"):
+        linker(machine(resolve_target("apple-m1")))
 
 
 class Unsupported(nn.Module):
