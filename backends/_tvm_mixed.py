@@ -11,6 +11,7 @@ of the same operator with the same dtypes count as declined with it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -181,12 +182,20 @@ class _Search:
         return executable
 
     def _tuned(self, part: Part) -> Executable:
-        """*part* compiled, tuned with the share of trials and time that its products have among those of all parts."""
+        """*part* compiled, tuned with the share of trials and time that its products have among those of all parts.
+
+        Shares of trials are whole numbers that add up to all of them; with none of them the database is used.
+        """
         if self.tune is None:
             return self.built[_key(part)]
-        share = part.products() / sum(one.products() for one in self.parts if not one.on_torch)
-        trials = None if self.tune.trials is None else round(self.tune.trials * share)
-        seconds = None if self.tune.seconds is None else self.tune.seconds * share
+        ours = [one for one in self.parts if not one.on_torch]
+        total = sum(one.products() for one in ours)
+        start = sum(one.products() for one in itertools.takewhile(lambda one: one is not part, ours))
+        end, trials, seconds = start + part.products(), self.tune.trials, self.tune.seconds
+        if trials is not None:
+            trials = trials * end // total - trials * start // total
+        if seconds is not None:
+            seconds *= part.products() / total
         own = dataclasses.replace(self.tune, trials=trials, seconds=seconds)
         return dataclasses.replace(self.backend, tune=own).build(self.files[_key(part)][0], self.target)
 

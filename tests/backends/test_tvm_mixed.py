@@ -505,7 +505,8 @@ def test_a_foreign_target_compiles_and_says_that_it_cannot_run() -> None:
 # --- what is declined, where TVM does not say it
 
 
-def test_parts_share_the_budget_of_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("trials", "shares"), [(12, [6, 3, 3]), (10, [5, 2, 3]), (1, [0, 0, 1]), (0, [0, 0, 0])])
+def test_parts_share_the_budget_of_tuning(monkeypatch: pytest.MonkeyPatch, trials: int, shares: list[int]) -> None:
     from fxopt.backends import _tvm_tuning
     from fxopt.backends._tvm_workloads import Tiles
 
@@ -516,11 +517,12 @@ def test_parts_share_the_budget_of_tuning(monkeypatch: pytest.MonkeyPatch) -> No
         return Tiles(), "not at all"
 
     monkeypatch.setattr(_tvm_tuning, "tuned", tuned)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Spectrum(), nn.Linear(5, 8))
-    options = {**MIXED, "tune": {"trials": 12, "seconds": 30}}
+    ends = nn.Linear(5, 8), Spectrum(), nn.Linear(5, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), Spectrum(), *ends)
+    options = {**MIXED, "tune": {"trials": trials, "seconds": 40}}
     mixed = fxopt.compile(model, example_inputs=(torch.randn(2, 8),), backend="tvm", backend_options=options)
-    assert budgets[-2:] == [(8, 20.0), (4, 10.0)]
-    assert mixed.report.notes.count("tuned: not at all") == 2
+    assert budgets[-3:] == list(zip(shares, (20.0, 10.0, 10.0), strict=True))
+    assert mixed.report.notes.count("tuned: not at all") == 3
 
 
 class Rooted(nn.Module):
