@@ -41,6 +41,8 @@ class Tuning:
         for name in ("database", "tracker", "key"):
             if not isinstance(getattr(self, name), str):
                 raise SpecError(f"tune: {name} must be text, not {getattr(self, name)!r}")
+        if self.key and not self.tracker:
+            raise SpecError("tune: key is for the devices of a tracker, and there is no tracker")
         if self.tracker:
             self.address()
             if not self.key:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import tvm
 from tvm import tirx
 from tvm.ir import Call, TensorLoad
 from tvm.tirx import FloatImm, IntImm
@@ -60,7 +61,7 @@ def rewrite(
         a, b = again(expr.a), again(expr.b)
         if isinstance(expr, tirx.EQ | tirx.NE) and str(a.ty.dtype) == "bool":  # vectors of which it compares as floats
             a, b = tirx.Cast("int8", a), tirx.Cast("int8", b)
-        return type(expr)(a, b)
+        return extreme(type(expr), a, b) if isinstance(expr, tirx.Max | tirx.Min) else type(expr)(a, b)
     if isinstance(expr, tirx.Not | tirx.BitwiseNot):
         return type(expr)(again(expr.a))
     if isinstance(expr, tirx.Cast):
@@ -76,7 +77,7 @@ def _call(call: Any, again: Callable[[Expr], Expr], guarded: Callable[[], Any] |
     name = _name(call)
     if name == "tirx.if_then_else" and all(map(reads_in_place, call.args[1:])):
         return tirx.Select(*(again(a) for a in call.args))
-    if name == "tirx.isnan" and str(call.args[0].ty.dtype) == "float32":
+    if name == "tirx.isnan" and str(call.args[0].ty.dtype) in _BITS:
         return _is_nan(again(call.args[0]))
     if name == "tirx.if_then_else" and guarded is not None:
         condition = again(call.args[0])
@@ -176,10 +177,30 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
     return tirx.Min(tirx.Max(x, _f(low)), _f(high))
 
 
+def extreme(kind: type[tirx.Max] | type[tirx.Min], a: Expr, b: Expr) -> Expr:
+    """``kind(a, b)``, which is NaN where *a* or *b* is; TVM's own is *b* where the two cannot be compared."""
+    dtype = str(a.ty.dtype)
+    if dtype not in _BITS:
+        return kind(a, b)
+    if isinstance(a, FloatImm) or isinstance(b, FloatImm):
+        return kind(b, a) if isinstance(b, FloatImm) else kind(a, b)
+    name = "llvm.maximum" if kind is tirx.Max else "llvm.minimum"
+    return tirx.call_llvm_pure_intrin(dtype, name, a, b)
+
+
+_BITS = {
+    "float16": ("int16", 0x7FFF, 0x7C00),
+    "float32": ("int32", 0x7FFFFFFF, 0x7F800000),
+    "float64": ("int64", (1 << 63) - 1, 0x7FF << 52),
+}
+"""Integers of the same size, their bits without the sign, and those of infinity; above them are NaNs."""
+
+
 def _is_nan(x: Expr) -> Expr:
     """By the bits: TVM simplifies x ≠ x to false."""
-    bits = tirx.BitwiseAnd(tirx.reinterpret("int32", x), IntImm("int32", 0x7FFFFFFF))
-    return tirx.GT(bits, IntImm("int32", 0x7F800000))
+    kind, but_sign, infinite = _BITS[str(x.ty.dtype)]
+    bits = tirx.BitwiseAnd(tirx.reinterpret(kind, x), IntImm(kind, but_sign))
+    return tirx.GT(bits, IntImm(kind, infinite))
 
 
 def exp(x: Expr) -> Expr:
@@ -262,6 +283,8 @@ _VECTOR = {
     "tirx.sqrt", "tirx.floor", "tirx.ceil", "tirx.round", "tirx.nearbyint", "tirx.trunc", "tirx.fabs", "tirx.isnan",
     "tirx.reinterpret", "tirx.shift_left", "tirx.shift_right", "tirx.bitwise_and", "tirx.bitwise_or",
 }  # fmt: skip
+for _name_of in ("tirx.nearbyint", "tirx.isnan"):  # for LLVM they are, but TVM does not say so
+    tvm.ir.register_op_attr(_name_of, "TVectorizable", True)
 
 
 def zero(dtype: str) -> Expr:

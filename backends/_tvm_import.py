@@ -166,6 +166,8 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
             "Gather": _gather,
             "LayerNormalization": _layer_norm,
             "MatMulInteger": _matmul_integer,
+            "Max": _of_several(relax.op.maximum),
+            "Min": _of_several(relax.op.minimum),
             "Shape": _shape,
             "Slice": _slice,
             "Range": _range,
@@ -212,6 +214,20 @@ def _dequantize_blocks(bb: Any, inputs: Any, attrs: Any) -> Any:
 
     values = (weights.astype(np.int32) - spread(zero).astype(np.int32)) * spread(scale).astype(np.float32)
     return relax.const(values.astype(scale.dtype), str(scale.dtype))
+
+
+def _of_several(operator: Any) -> Any:
+    """Max and Min of tensors, two by two; TVM stacks them all."""
+
+    def converted(bb: Any, inputs: Any, attrs: Any) -> Any:
+        if not all(isinstance(value.ty, relax.TensorType) for value in inputs):
+            return None
+        result = inputs[0]
+        for value in list(inputs)[1:]:
+            result = bb.emit(operator(result, value))
+        return result
+
+    return converted
 
 
 def _gather(bb: Any, inputs: Any, attrs: Any) -> Any:

@@ -34,6 +34,8 @@ def operators(machine: Machine, tiles: Tiles) -> dict[str, Legalize]:
         "relax.nn.conv2d": lambda bb, call: _conv2d(bb, call, machine, tiles),
         "relax.matmul": lambda bb, call: _matmul(bb, call, machine, tiles),
         "relax.nn.layer_norm": _layer_norm,
+        "relax.argmax": lambda bb, call: _place(bb, call, te.max),
+        "relax.argmin": lambda bb, call: _place(bb, call, te.min),
     }
 
 
@@ -128,6 +130,38 @@ def _products(x: Any, y: Any, how: dict[str, Any]) -> Any:
         return te.sum(part(x, batch, m, k.var) * part(y, batch, k.var, n), axis=k)
 
     return te.compute((*outer, x.shape[-2], y.shape[-1]), term, name="products", attrs=how)
+
+
+# Places of extremes ---------------------------------------------------------------------------------------------------
+
+
+def _place(bb: Any, call: Any, reduce: Any) -> Any:
+    """The first index of the maximum or minimum, or of the first NaN; TVM's own drops NaN."""
+    x, attrs = call.args[0], call.attrs
+    if attrs.axis is None or str(x.ty.dtype) not in ("float32", "float64"):
+        return _stock(bb, call)
+    axis = int(attrs.axis) % len(x.ty.shape)
+
+    def stages(x: Any) -> Any:
+        def at(i: Any, k: Any) -> tuple[Any, ...]:
+            own = list(i)
+            own[axis : axis + bool(attrs.keepdims)] = [k]
+            return tuple(own)
+
+        count = x.shape[axis]
+        sizes = list(x.shape)
+        sizes[axis : axis + 1] = [number(1)] if attrs.keepdims else []
+        first, second = te.reduce_axis((0, count), "k"), te.reduce_axis((0, count), "k")
+        extreme = te.compute(sizes, lambda *i: reduce(x[at(i, first.var)], axis=first), name="extreme")
+
+        def place(*i: Any) -> Any:
+            value = x[at(i, second.var)]
+            here = tirx.any(value == extreme[i], tirx.isnan(value))
+            return te.min(tirx.Select(here, second.var, count), axis=second)
+
+        return te.compute(sizes, place, name="place")
+
+    return bb.call_te(stages, x, primfunc_name_hint=call.op.name.removeprefix("relax."))
 
 
 # Norms ----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -124,6 +125,6 @@ class Records:
 def _record(said: Mapping[str, object]) -> Record:
     """Raises: ValueError or KeyError where *said* is none."""
     tile, ratio, seconds = Tile.read(said["tile"]), said["ratio"], said["seconds"]
-    if not isinstance(ratio, float) or not isinstance(seconds, float) or min(ratio, seconds) <= 0:
+    if not all(isinstance(one, float) and math.isfinite(one) and one > 0 for one in (ratio, seconds)):
         raise ValueError("no time")
     return Record(str(said["workload"]), tile, ratio, seconds)

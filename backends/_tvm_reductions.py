@@ -12,7 +12,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx import ForKind
 
-from fxopt.backends._tvm_expressions import depends, loads
+from fxopt.backends._tvm_expressions import depends, extreme, loads
 from fxopt.backends._tvm_loops import (
     Expr,
     Stmt,
@@ -72,6 +72,10 @@ class _Reduction:
         value = point.value(stage.value, dict(zip([*stage.axes, *stage.reduced], [*at, *k], strict=True)))
         return point.statements, value
 
+    def _combined(self, a: Expr, b: Expr) -> Expr:
+        combine = self.stage.combine
+        return combine(a, b) if combine is tirx.Add else extreme(combine, a, b)
+
     def _columns_reduced(self, at: Sequence[Expr]) -> list[Stmt]:
         """Vectors of results, each lane with a reduction of its own."""
         stage, last, dtype = self.stage, self.last, str(self.stage.buffer.dtype)
@@ -81,7 +85,7 @@ class _Reduction:
 
             def add(k: Sequence[Expr], lane: Expr) -> list[Stmt]:
                 bound, value = self._term([*at, first + lane], k)
-                return [*bound, store(acc, stage.combine(load(acc, [lane]), value), [lane])]
+                return [*bound, store(acc, self._combined(load(acc, [lane]), value), [lane])]
 
             def done(lane: Expr) -> list[Stmt]:
                 hooks = {stage.buffer: lambda _: load(acc, [lane])}
@@ -115,7 +119,7 @@ class _Reduction:
 
         def add(into: Any, slot: Expr, k: Sequence[Expr]) -> list[Stmt]:
             bound, value = self._term(at, k)
-            return [*bound, store(into, stage.combine(load(into, [slot]), value), [slot])]
+            return [*bound, store(into, self._combined(load(into, [slot]), value), [slot])]
 
         def inner(k: Sequence[Expr]) -> list[Stmt]:
             body = lambda n: [vector(lanes, lambda v: add(acc, v, [*k, n * lanes + v]))]  # noqa: E731
@@ -125,7 +129,7 @@ class _Reduction:
             return statements
 
         def combined(v: Expr) -> Expr:
-            return stage.combine(load(result, [index(0)]), load(acc, [v]))
+            return self._combined(load(result, [index(0)]), load(acc, [v]))
 
         hooks = {stage.buffer: lambda _: load(result, [index(0)])}
         return [

@@ -116,6 +116,9 @@ def _with_reduction(stage: Stage, init: Any) -> Stage | None:
     stage.combine = type(combined)
     stage.value = terms[1] if own[0].same_as(terms[0]) else terms[0]
     stage.init = init.value
+    if stage.combine is not tirx.Add and isinstance(stage.init, tirx.FloatImm):  # TVM starts at the largest number
+        infinity = float("inf") if stage.combine is tirx.Min else float("-inf")
+        stage.init = tirx.FloatImm(str(stage.init.ty.dtype), infinity)
     return stage
 
 

@@ -59,6 +59,7 @@ def tuned(file: OnnxFile, machine: Machine, threads: int | None, tuning: Tuning)
     records = Records(tuning.path(), described, f"tvm {tvm.__version__} kernels {KERNELS}")
     search = _Search(asked, records, Bench(machine, threads, tuning.address(), tuning.key), tuning)
     if tuning.trials is None or search.trials() < tuning.trials:
+        records.add(())  # where it cannot be written, nothing need be measured
         try:
             search.run()
         except KeyboardInterrupt:
@@ -88,7 +89,7 @@ class _Search:
     def state(self) -> str:
         """How far it has come, in words."""
         before, now = self._latency()
-        known = f"{before * 1e3:.2f} → {now * 1e3:.2f} ms in kernels, estimated" if before else "nothing measured yet"
+        known = f"{_ms(before)} → {_ms(now)} ms in kernels, estimated" if before else "nothing measured yet"
         return f"{self.trials()} trials of {len(self._asked.asked)} kernels in {self._records.path}: {known}"
 
     def run(self) -> None:
@@ -168,7 +169,7 @@ class _Search:
         parts = [trials / asked.trials if asked.trials else 0.0, self._elapsed() / (asked.seconds or math.inf)]
         before, now = self._latency()
         of = "" if asked.trials is None else f" of {asked.trials}"
-        say(f"tuning, {trials}{of} trials, kernels {before * 1e3:.2f} → {now * 1e3:.2f} ms", min(max(parts), 1.0))
+        say(f"tuning, {trials}{of} trials, kernels {_ms(before)} → {_ms(now)} ms", min(max(parts), 1.0))
         LOG.info("tuning: %s", self.state())
 
     def _latency(self) -> tuple[float, float]:
@@ -183,6 +184,11 @@ class _Search:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._start
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds with three digits."""
+    return f"{seconds * 1e3:.{max(0, 2 - math.floor(math.log10(seconds * 1e3)))}f}" if seconds else "0"
 
 
 def _distance(a: Tile, b: Tile) -> float:

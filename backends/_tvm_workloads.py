@@ -47,7 +47,7 @@ class Workload:
             return math.prod(sizes["x"]) * sizes["y"][-1]
         if self.op == "linear":
             return sizes["x"][0] * math.prod(sizes["weights"])
-        pixels = math.prod(sizes["x"][1:3]) // math.prod(sizes["strides"])
+        pixels = max(math.prod(sizes["x"][1:3]) // math.prod(sizes["strides"]), 1)
         return pixels * math.prod(sizes["weights"])
 
 

@@ -200,6 +200,7 @@ assert not hasattr(tvm, "relax")
 """
 
 
+@pytest.mark.slow
 def test_a_saved_library_needs_only_the_runtime(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3)), torch.randn(1, 3, 12, 12)
     compiled = fxopt.compile(model, example_inputs=(x,), backend="tvm")

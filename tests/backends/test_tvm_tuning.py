@@ -169,7 +169,15 @@ def test_lines_that_are_no_measurements_are_skipped(tmp_path: Path, caplog: pyte
     path = tmp_path / "r.jsonl"
     Records(path, "m", "v").add([record(1, 0.5)])
     good = json.loads(path.read_text())
-    bad = [{**good, "tile": [16, 1, 2]}, {**good, "ratio": 0.0}, {**good, "ratio": None}, {"machine": "m"}, 7, []]
+    bad = [
+        {**good, "tile": [16, 1, 2]},
+        {**good, "ratio": 0.0},
+        {**good, "ratio": None},
+        {**good, "seconds": float("nan")},
+        {"machine": "m"},
+        7,
+        [],
+    ]
     with path.open("a") as file:
         file.write("".join(json.dumps(one) + "\n" for one in bad) + '{"workload": "w", "mach')  # cut off by a kill
     records = Records(path, "m", "v")
@@ -194,6 +202,13 @@ def test_two_processes_write_into_one_file(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     assert sorted(one["tile"][2] for one in lines(path)) == list(range(1, 201))
+
+
+def test_nothing_is_measured_that_cannot_be_written(clock: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fxopt.ArtifactError, match="cannot write the measurements"):
+        compiled({"trials": 6, "database": tmp_path / "file" / "r.jsonl"})
+    assert not clock["asked"]
 
 
 def test_files_are_merged_by_writing_one_after_the_other(tmp_path: Path) -> None:
@@ -336,6 +351,7 @@ def test_most_time_goes_to_what_costs_most(clock: dict[str, Any], tmp_path: Path
         ({"trials": 5, "tracker": "here"}, "tracker must be host:port"),
         ({"trials": 5, "tracker": "here:1"}, "tracker needs a key too"),
         ({"trials": 5, "database": 7}, "database must be text"),
+        ({"trials": 5, "key": "board"}, "there is no tracker"),
     ],
 )
 def test_options_that_make_no_sense(tune: object, said: str) -> None:
