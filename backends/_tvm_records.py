@@ -125,6 +125,8 @@ class Records:
 def _record(said: Mapping[str, object]) -> Record:
     """Raises: ValueError or KeyError where *said* is none."""
     tile, ratio, seconds = Tile.read(said["tile"]), said["ratio"], said["seconds"]
-    if not all(isinstance(one, float) and math.isfinite(one) and one > 0 for one in (ratio, seconds)):
+    if not isinstance(ratio, float) or not isinstance(seconds, float):
+        raise ValueError("no time")
+    if not (math.isfinite(ratio) and math.isfinite(seconds) and min(ratio, seconds) > 0):
         raise ValueError("no time")
     return Record(str(said["workload"]), tile, ratio, seconds)

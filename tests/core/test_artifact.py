@@ -590,6 +590,8 @@ def test_folders_go_without_a_warning(backend: str, tmp_path: Path) -> None:
 
 def test_complex_weights(tmp_path: Path) -> None:
     class Rotates(nn.Module):
+        turn: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)))
