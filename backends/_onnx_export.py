@@ -174,7 +174,10 @@ def _translate(program: Program, registry: Any) -> onnx_ir.Model:
     except Exception as error:
         failed = [n for n in exported.graph.nodes if n.op == "call_function" and n.format_node() in str(error)]
         where = onnx_graph.located(failed[0]) if failed else "this graph"
-        reason = str(error.__cause__ or error).splitlines()[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None and str(cause.__cause__):  # what the exporter says of it is for its authors
+            cause = cause.__cause__
+        reason = str(cause).splitlines()[0]
         nodes = {origin(node): f"ONNX cannot express it: {reason}" for node in failed[:1]}
         raise UnsupportedOp(f"ONNX cannot express {where}: {reason}", nodes) from error
     exported.state_dict.clear()

@@ -34,7 +34,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from fxopt import ops
-from fxopt.backends import _onnx_quantized_ops, _onnx_stable
+from fxopt.backends import _onnx_quantized_ops, _onnx_resize, _onnx_stable
 from fxopt.backends._onnx_decompose import decompose, is_translated
 from fxopt.errors import UnsupportedOp
 from fxopt.program import ORIGIN, Program, source_line
@@ -250,6 +250,7 @@ def registry_for(opset: int) -> ONNXRegistry:
 
     registry = ONNXRegistry.from_torchlib(opset_version=opset)
     _onnx_stable.register(registry)
+    _onnx_resize.register(registry)
     return registry
 
 

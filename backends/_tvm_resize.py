@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fxopt.backends._tvm_packing import constant, number
 
 Array = np.ndarray[Any, Any]
 _RADIUS = {"nearest": 0, "linear": 1, "cubic": 2}  # how far from its place a value has weight, in elements
-_ROUNDED = {
+_ROUNDED: dict[str, Callable[[Array], Array]] = {
     "floor": np.floor,
     "ceil": np.ceil,
     "round_prefer_floor": lambda at: np.ceil(at - 0.5),
@@ -104,7 +105,7 @@ class _How:
         """Of elements at these distances from the place of a result."""
         d, a = abs(distance), self.cubic
         if self.mode == "linear":
-            return np.maximum(1 - d, 0)
+            return np.where(d <= 1, 1 - d, 0)
         near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((d - 5) * d + 8) * d * a - 4 * a
         return np.where(d <= 1, near, np.where(d < 2, far, 0))
 
@@ -151,8 +152,9 @@ def _open(x: Any, axes: list[_Axis], how: _How) -> Any:
 
 def _taps(size: int, count: int, scale: float, how: _How) -> tuple[Array, Array]:
     """Which of *size* elements each of *count* results is made of, and with which weights: both [taps, count]."""
-    real = np.float32 if how.mode == "nearest" else np.float64  # torch decides in float32 what is nearest
+    real: Any = np.float32 if how.mode == "nearest" else np.float64  # torch decides in float32 what is nearest
     step, results = real(1 / scale), np.arange(count, dtype=real)
+    at: Array
     if how.coordinates == "align_corners":
         at = results * real((size - 1) / max(count - 1, 1))
     elif how.coordinates == "asymmetric":

@@ -572,16 +572,16 @@ class Convolved(nn.Module):
 def test_what_a_pass_has_made_is_declined_with_the_line_of_the_op_that_it_is_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fxopt.backends import _tvm_import
+    from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
-    convert = _tvm_import.ONNXGraphImporter._convert_operator
+    convert = ONNXGraphImporter._convert_operator
 
     def failing(self: Any, op_name: str, *args: Any) -> Any:
         if op_name == "QuantizeLinear":
             raise NotImplementedError("not today")
         return convert(self, op_name, *args)
 
-    monkeypatch.setattr(_tvm_import.ONNXGraphImporter, "_convert_operator", failing)
+    monkeypatch.setattr(ONNXGraphImporter, "_convert_operator", failing)
     x = torch.randn(1, 3, 8, 8)
     with pytest.raises(fxopt.UnsupportedOp) as info:
         fxopt.compile(

@@ -69,6 +69,14 @@ def test_antialiasing(mode: str) -> None:
     check(Resized(*[{"size": size, "mode": mode, "antialias": True} for size in sizes]), torch.randn(1, 3, 7, 8))
 
 
+def test_a_scale_with_antialiasing_or_along_one_axis() -> None:
+    torch.manual_seed(0)
+    scales: list[Any] = [0.4, 1.7, (0.4, 2.0)]
+    ways = [{"scale_factor": scale, "mode": "bicubic", "antialias": True} for scale in scales]
+    check(Resized(*ways), torch.randn(1, 3, 7, 8))
+    check(Resized({"scale_factor": 1.7, "mode": "linear"}, {"size": 9, "mode": "linear"}), torch.randn(1, 3, 7))
+
+
 def test_volumes_and_half_precision() -> None:
     torch.manual_seed(0)
     check(Resized({"scale_factor": 1.7, "mode": "trilinear"}, {"scale_factor": 1.7}), torch.randn(1, 2, 4, 3, 5))
@@ -100,5 +108,8 @@ def test_what_is_declined_says_why() -> None:
         fxopt.UnsupportedOp, match=r"upsample_bilinear2d.*test_tvm_resize.py:\d+ .*needs sizes that are"
     ):
         check(Resized(way), x, dynamic_shapes=({2: "h", 3: "w"},))
+    corners = {"size": (3, 5), "mode": "bilinear", "antialias": True, "align_corners": True}
+    with pytest.raises(fxopt.UnsupportedOp, match=r"bilinear2d_aa.*test_tvm_resize.py:\d+ .*between aligned corners"):
+        check(Resized(corners), x)
     with pytest.raises(fxopt.UnsupportedOp, match=r"test_tvm_resize.py:\d+ .*between elements of uint8"):
         check(Resized(way), (x * 10).to(torch.uint8))
