@@ -29,6 +29,7 @@ from fxopt.compiler import as_args
 from fxopt.compiler import compile as compile_model
 from fxopt.errors import BackendUnavailable, FxoptError, InputError, SpecError
 from fxopt.passbase import Pass
+from fxopt.program import Program
 from fxopt.spec import format as format_spec
 from fxopt.target import Target
 
@@ -62,12 +63,8 @@ def minify(
     Raises:
         InputError: the model compiles, or cannot be captured. SpecError: passes or backend are not known.
     """
-    args = as_args(example_inputs) or ()
-    captured = capture(model, args, None, None)
-    for node in list(captured.program.graph.nodes):
-        if node.op == "call_function" and ops.packet(node) == "_assert_tensor_metadata":  # as canonicalize does
-            captured.program.graph.erase_node(node)
-    captured.program.remove_dead()
+    captured = capture(model, as_args(example_inputs) or (), None, None)
+    _drop_checks(captured.program)
     whole = captured.program.to_module()
     inputs = [x for x in captured.inputs if isinstance(x, torch.Tensor)]
     if len(inputs) != len(captured.inputs):
@@ -87,6 +84,14 @@ def minify(
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         small, values = minifier(whole, inputs, fails, dump_state=lambda graph, values: None, skip_sanity=True)
     return _write(Path(folder), small, list(values), trial, trial(small, values) or error)
+
+
+def _drop_checks(program: Program) -> None:
+    """Take out the checks of dtypes that torch.export puts in, as canonicalize does."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and ops.packet(node) == "_assert_tensor_metadata":
+            program.graph.erase_node(node)
+    program.remove_dead()
 
 
 class _Trial:
