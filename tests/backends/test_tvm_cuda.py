@@ -69,6 +69,7 @@ def test_a_network() -> None:
         assert sum(size for _, size in kernel.shared.values()) <= 48 * 1024
 
 
+@pytest.mark.slow
 def test_dynamic_batch() -> None:
     model = cnn()
     executable, _ = emulated(model, torch.randn(2, 3, 10, 10), shapes=({0: "batch"},))
@@ -77,6 +78,7 @@ def test_dynamic_batch() -> None:
         torch.testing.assert_close(executable([x])[0], model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_float16_sums_in_float32() -> None:
     torch.manual_seed(0)
     x, w = torch.rand(2, 3000).half(), torch.rand(3000, 4).half()

@@ -176,6 +176,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         compiled(tmp_path / "file" / "folder")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_warning(tmp_path: Path) -> None:
     code = """
         import resource, signal, torch, fxopt
