@@ -6,6 +6,7 @@ _upsample_bilinear2d_aa(x, scale_factor=(0.4, 0.4))      likewise, with antialia
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,37 +18,48 @@ aten = torch.ops.aten
 _ANTIALIASED = {"antialias": 1, "exclude_outside": 1}  # torch leaves out what would be beyond the border
 
 
+_LINEAR = {"mode": "linear"}
+_BILINEAR = {"mode": "linear", **_ANTIALIASED}
+_BICUBIC = {"mode": "cubic", "cubic_coeff_a": -0.5, **_ANTIALIASED}  # torch has -0.75 without antialiasing
+
+
 def register(registry: ONNXRegistry) -> None:
     """Add the translations to *registry*."""
-    registry.register_op(aten.upsample_linear1d.default, _linear)
-    registry.register_op(aten._upsample_bilinear2d_aa.default, _bilinear)
-    registry.register_op(aten._upsample_bicubic2d_aa.default, _bicubic)
+    registry.register_op(aten.upsample_linear1d.vec, _by_factors(_LINEAR))
+    registry.register_op(aten._upsample_bilinear2d_aa.vec, _by_factors(_BILINEAR))
+    registry.register_op(aten._upsample_bicubic2d_aa.vec, _by_factors(_BICUBIC))
+    registry.register_op(aten.upsample_linear1d.default, _of_lines)
+    registry.register_op(aten._upsample_bilinear2d_aa.default, _of_images(_BILINEAR))
+    registry.register_op(aten._upsample_bicubic2d_aa.default, _of_images(_BICUBIC))
 
 
-def _linear(x: Any, output_size: Any, align_corners: bool, scales: float | None = None) -> Any:
-    return _resized(x, output_size, align_corners, [scales], mode="linear")
+def _by_factors(how: dict[str, Any]) -> Callable[..., Any]:
+    def translated(x: Any, output_size: Any, align_corners: bool, scale_factors: Sequence[float] | None = None) -> Any:
+        return _resized(x, output_size, align_corners, scale_factors or [None], how)
+
+    return translated
 
 
-def _bilinear(
-    x: Any, output_size: Any, align_corners: bool, scales_h: float | None = None, scales_w: float | None = None
-) -> Any:
-    return _resized(x, output_size, align_corners, [scales_h, scales_w], mode="linear", **_ANTIALIASED)
+def _of_lines(x: Any, output_size: Any, align_corners: bool, scales: float | None = None) -> Any:
+    return _resized(x, output_size, align_corners, [scales], _LINEAR)
 
 
-def _bicubic(
-    x: Any, output_size: Any, align_corners: bool, scales_h: float | None = None, scales_w: float | None = None
-) -> Any:
-    how = {"mode": "cubic", "cubic_coeff_a": -0.5, **_ANTIALIASED}  # torch has -0.75 without antialiasing
-    return _resized(x, output_size, align_corners, [scales_h, scales_w], **how)
+def _of_images(how: dict[str, Any]) -> Callable[..., Any]:
+    def translated(
+        x: Any, output_size: Any, align_corners: bool, scales_h: float | None = None, scales_w: float | None = None
+    ) -> Any:
+        return _resized(x, output_size, align_corners, [scales_h, scales_w], how)
+
+    return translated
 
 
-def _resized(x: Any, size: Any, align_corners: bool, scales: list[float | None], **how: Any) -> Any:
+def _resized(x: Any, size: Any, align_corners: bool, scales: Sequence[float | None], how: dict[str, Any]) -> Any:
     from onnxscript import opset18
 
     op: Any = opset18
     if align_corners and "antialias" in how:
         raise ValueError("its Resize has no antialiasing between aligned corners as torch computes it")
-    how["coordinate_transformation_mode"] = "align_corners" if align_corners else "half_pixel"
+    how = {**how, "coordinate_transformation_mode": "align_corners" if align_corners else "half_pixel"}
     if None not in scales:
         factors = op.Constant(value_floats=[1.0, 1.0, *(scale for scale in scales if scale is not None)])
         return op.Resize(x, None, factors, None, **how)

@@ -86,7 +86,8 @@ def test_volumes_and_half_precision() -> None:
 
 
 def test_a_dynamic_batch() -> None:
-    model = Resized({"scale_factor": 1.7, "mode": "bilinear"}, {"size": (11, 5)})
+    smooth = {"size": (3, 5), "mode": "bilinear", "antialias": True}
+    model = Resized({"scale_factor": 1.7, "mode": "bilinear"}, {"size": (11, 5)}, smooth)
     compiled = check(model, torch.randn(2, 3, 7, 8), dynamic_shapes=({0: "batch"},))
     x = torch.randn(5, 3, 7, 8)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
