@@ -201,7 +201,7 @@ def key_of(
     except FxoptError:
         return None
     digest = hashlib.sha256()
-    said = [graph, text, repr(target), engine, verify, _versions(), available("fxopt.backends"), platform.processor()]
+    said = [graph, text, _facts(target), engine, verify, _versions(), available("fxopt.backends"), platform.processor()]
     threads = torch.get_num_threads()
     digest.update(json.dumps([*said, threads], default=str, sort_keys=True).encode())
     for name, value in sorted(program.constants.items()):
@@ -212,6 +212,12 @@ def key_of(
         for x in torch.utils._pytree.tree_leaves(batch):
             _add(digest, "batch", x)
     return digest.hexdigest()
+
+
+def _facts(target: Target) -> list[str]:
+    """The fields of *target*; the order of a set is another one in every process."""
+    values = (getattr(target, field.name) for field in dataclasses.fields(target))
+    return [repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value) for value in values]
 
 
 def _add(digest: Any, name: str, value: Any) -> None:

@@ -211,3 +211,16 @@ def test_a_home_is_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(Cache.at(tmp_path / "kept").files()) == 1
     with pytest.raises(fxopt.InputError, match="True, False or a folder"):
         fxopt.compile(model(), example_inputs=(X,), cache="")
+
+
+def test_another_process_finds_it(tmp_path: Path) -> None:
+    code = """
+        import sys, torch, fxopt
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3).eval()
+        fxopt.compile(model, example_inputs=(torch.ones(2, 4),), backend="torch", cache=sys.argv[1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    for seed in ("1", "2", "3"):  # of the hashes that order sets
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    assert len(list(tmp_path.glob("*.fxopt"))) == 1
