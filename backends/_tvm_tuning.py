@@ -161,7 +161,8 @@ class _Search:
             self._failed = 0
         except (RuntimeError, OSError) as error:  # of a device, by TVM
             self._failed += 1
-            LOG.warning("tuning: a measurement of %s failed: %s", workload, str(error).strip().splitlines()[-1])
+            reason = str(error).strip().splitlines()
+            LOG.warning("tuning: a measurement of %s failed: %s", workload, reason[-1] if reason else repr(error))
             if self._failed == _FAILURES or not self._bench.tracker:
                 raise BackendUnavailable(f"no kernel can be measured: {error}. So far: {self.state()}") from error
         self._batches[workload] += 1

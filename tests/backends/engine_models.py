@@ -1,4 +1,4 @@
-"""What the tests of onnxruntime and OpenVINO share: both run the same exported file."""
+"""What the tests of engines share that run the same exported file."""
 
 from __future__ import annotations
 

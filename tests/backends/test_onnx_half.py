@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxopt
+from tests.backends.engine_models import Function
 
 pytest.importorskip("onnxscript")
 
@@ -24,19 +25,10 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Calls(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reductions_of_half_precision_keep_their_dtype(name: str) -> None:
     x = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)).half() + 0.5
-    model = Calls(REDUCTIONS[name]).eval()
+    model = Function(REDUCTIONS[name]).eval()
     result, expected = fxopt.compile(model, example_inputs=(x,), backend="onnx")(x), model(x)
     assert result.dtype == expected.dtype
     torch.testing.assert_close(result, expected, rtol=2e-3, atol=1e-3)

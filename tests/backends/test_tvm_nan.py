@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
+from tests.backends.engine_models import Function
 
 pytest.importorskip("tvm")
 
@@ -49,20 +50,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-class Calls(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nan_and_infinity(name: str) -> None:
     function = FUNCTIONS[name]
     example = torch.randn(X.shape, generator=torch.Generator().manual_seed(0))
-    compiled = fxopt.compile(Calls(function).eval(), example_inputs=(example,), backend="tvm", verify=False)
+    compiled = fxopt.compile(Function(function).eval(), example_inputs=(example,), backend="tvm", verify=False)
     for x in (X, example):
         torch.testing.assert_close(compiled(x), function(x), rtol=1e-4, atol=1e-5, equal_nan=True)
 
