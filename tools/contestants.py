@@ -293,6 +293,6 @@ def warm_up(names: list[str], threads: int) -> None:
     torch.set_num_threads(threads)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(model, (torch.randn(1, 3, 8, 8),), threads, Path(folder))
+        subject = Subject(model, (torch.randn(1, 3, 8, 8),), threads, Path(folder), trials=0)
         for name in names:
             build(name, subject)
