@@ -1,6 +1,8 @@
 """ONNX operators as Relax ones, where TVM's importer writes them in a form of its own, or not at all.
 
+BatchNormalization: TVM divides by a square root for each element; ours multiplies and adds.
 Clip: TVM tests the bounds for NaN and writes loops; ours are two operators that layouts and fusion understand.
+ReduceLogSumExp: TVM gives NaN where the largest element is infinite.
 Max and Min: TVM stacks all tensors; ours go two by two.
 Gather: TVM computes the size of an axis when the model runs; ours is known, or the axis is dynamic.
 Resize: see _tvm_resize.
@@ -23,6 +25,17 @@ from fxopt.backends._tvm_resize import resize
 from fxopt.backends._tvm_sizes import expand
 
 _END = 2**31 - 1  # slices that go at least so far go to the end
+
+
+def _batch_norm(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """γ·(x − μ)/√(σ² + ε) + β as x·s + b."""
+    x, numbers = inputs[0], [_constant(value) for value in inputs[1:5]]
+    if attrs.get("training_mode", 0) or any(n is None for n in numbers) or str(x.ty.dtype) != "float32":
+        return None
+    gamma, beta, mean, variance = (n.astype(np.float64).reshape(-1, *[1] * (x.ty.ndim - 2)) for n in numbers)
+    scale = gamma / np.sqrt(variance + float(attrs.get("epsilon", 1e-5)))
+    s, b = (relax.const(n.astype(np.float32), "float32") for n in (scale, beta - mean * scale))
+    return relax.op.add(bb.emit(relax.op.multiply(x, s)), b)
 
 
 def _clip(bb: Any, inputs: Any, attrs: Any) -> Any:
@@ -128,6 +141,20 @@ def _slice(bb: Any, inputs: Any, attrs: Any) -> Any:
     return None
 
 
+def _log_sum_exp(bb: Any, inputs: Any, attrs: Any) -> Any:
+    """log Σ e^(x − m) + m, with m the largest x, or 0 where that is infinite."""
+    x, given = inputs[0], _constant(inputs[1]) if len(inputs) > 1 else None
+    axes = attrs.get("axes") if given is None else given.tolist()
+    if not axes:
+        return None
+    largest = bb.emit(relax.op.max(x, axes, keepdims=True))
+    nothing = relax.const(0, str(x.ty.dtype))
+    largest = bb.emit(relax.op.where(bb.emit(relax.op.isinf(largest)), nothing, largest))
+    total = bb.emit(relax.op.sum(bb.emit(relax.op.exp(bb.emit(relax.op.subtract(x, largest)))), axes, keepdims=True))
+    result = relax.op.add(bb.emit(relax.op.log(total)), largest)
+    return result if attrs.get("keepdims", 1) else relax.op.squeeze(bb.emit(result), axes)
+
+
 def _matmul_integer(bb: Any, inputs: Any, attrs: Any) -> Any:
     """(a − za)·w = a·w − za·Σw, for bytes and constant, symmetric weights."""
     a, weights = inputs[0], _constant(inputs[1])
@@ -148,6 +175,7 @@ def _constant(value: Any) -> Any:
 
 
 CONVERTERS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "BatchNormalization": _batch_norm,
     "Clip": _clip,
     "DequantizeLinear": _dequantize_blocks,
     "Expand": expand,
@@ -157,6 +185,7 @@ CONVERTERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "Max": _of_several(relax.op.maximum),
     "Min": _of_several(relax.op.minimum),
     "Range": _range,
+    "ReduceLogSumExp": _log_sum_exp,
     "Resize": resize,
     "Shape": _shape,
     "Slice": _slice,

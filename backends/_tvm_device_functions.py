@@ -1,6 +1,6 @@
 """Mathematical functions of float32 from the arithmetic of a GPU, exact to a few units in the last place.
 
-What _tvm_expressions writes out for the CPU is taken from there. log, sin, cos, asin, atan: Cephes. Where float32 would
+What _tvm_functions writes out for the CPU is taken from there. log, sin, cos, asin, atan: Cephes. Where float32 would
 lose digits (the argument of sin, the exponent of pow) float64 carries them.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.tirx import FloatImm, IntImm
 
-from fxopt.backends import _tvm_expressions as common
+from fxopt.backends import _tvm_functions as common
 from fxopt.backends._tvm_loops import Expr
 
 
@@ -49,7 +49,7 @@ def _signed(size: Expr, x: Expr) -> Expr:
 
 
 def _nan_or(x: Expr, value: Expr) -> Expr:
-    return tirx.Select(common._is_nan(x), x, value)
+    return tirx.Select(common.is_nan(x), x, value)
 
 
 def _infinity() -> Expr:
@@ -272,7 +272,7 @@ def _fmod(x: Expr, y: Expr) -> Expr:
 
 
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
-    **{name.removeprefix("tirx."): function for name, function in common._WRITTEN.items()},
+    **common.WRITTEN,
     "exp2": _exp2,
     "exp10": lambda x: _pow(_f(10.0), x),
     "log": _log,
@@ -290,7 +290,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "atanh": _atanh,
     "pow": _pow,
     "fmod": _fmod,
-    "isnan": common._is_nan,
+    "isnan": common.is_nan,
     "isinf": lambda x: tirx.EQ(_abs(x), _infinity()),
     "isfinite": lambda x: _abs(x) < _infinity(),
 }

@@ -11,7 +11,7 @@ from typing import Any
 from tvm import tirx
 
 from fxopt.backends._tvm_device_functions import FUNCTIONS
-from fxopt.backends._tvm_loops import Expr
+from fxopt.backends._tvm_loops import Expr, name_of
 
 _HALF = ("float16", "bfloat16")
 _ROUNDED = ("sqrt", "floor", "ceil", "round", "nearbyint", "trunc", "fabs")  # by instructions, of 32 and 64 bits
@@ -19,7 +19,7 @@ _ROUNDED = ("sqrt", "floor", "ceil", "round", "nearbyint", "trunc", "fabs")  # b
 
 def write(call: Any) -> Any:
     """*call* written out, if it is a function of floats that is known here; vectors lane by lane."""
-    name, dtype = str(getattr(call.op, "name", "")).removeprefix("tirx."), _float(call)
+    name, dtype = name_of(call), _float(call)
     narrow = dtype in _HALF and name in _ROUNDED
     if not narrow and (name not in FUNCTIONS or dtype not in ("float32", *_HALF)):
         return call

@@ -1,13 +1,9 @@
-"""Expressions rewritten: index variables replaced, loads computed in place, functions as polynomials.
-
-LLVM has no vector code for exp, tanh and erf, and would call the C library once for each lane. They are written out
-here, exact to a few units in the last place of float32:
-exp: Cephes' expf. erf: the rational function of Eigen's and XLA's ``erf``. tanh and sigmoid: from exp.
-"""
+"""Expressions rewritten: index variables replaced, loads computed in place, functions written out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
@@ -15,7 +11,8 @@ from tvm import tirx
 from tvm.ir import Call, TensorLoad
 from tvm.tirx import FloatImm, IntImm
 
-from fxopt.backends._tvm_loops import Buffer, Expr, index
+from fxopt.backends._tvm_functions import BITS, WRITTEN, extreme, is_nan
+from fxopt.backends._tvm_loops import Buffer, Expr, index, name_of, static
 
 _BINARY = (
     tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max, tirx.EQ,
@@ -24,6 +21,7 @@ _BINARY = (
 )  # fmt: skip
 
 OnLoad = Callable[[Buffer, list[Expr]], Expr]
+Guard = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class UnknownExpressionError(Exception):
@@ -31,7 +29,11 @@ class UnknownExpressionError(Exception):
 
 
 def rewrite(
-    expr: Expr, variables: Mapping[Expr, Expr], on_load: OnLoad, guarded: Callable[[], Any] | None = None
+    expr: Expr,
+    variables: Mapping[Expr, Expr],
+    on_load: OnLoad,
+    guarded: Guard = contextlib.nullcontext,
+    decide: Callable[[Expr], Expr] | None = None,
 ) -> Expr:
     """*expr* with *variables* replaced, and each load by what *on_load* gives for its buffer and rewritten indices.
 
@@ -40,13 +42,14 @@ def rewrite(
         variables: the new expression for each index variable.
         on_load: called for each load.
         guarded: gives a context manager in which the branches of a condition are rewritten.
+        decide: says what is left of a rewritten condition; where that is a constant just the one branch stays.
 
     Raises:
         UnknownExpressionError: there is a node of another kind in it.
     """
 
     def again(e: Expr) -> Expr:
-        return rewrite(e, variables, on_load, guarded)
+        return rewrite(e, variables, on_load, guarded, decide)
 
     if isinstance(expr, TensorLoad):
         return on_load(expr.source, [again(i) for i in expr.indices])
@@ -69,35 +72,51 @@ def rewrite(
     if isinstance(expr, tirx.Select):
         return tirx.Select(again(expr.condition), again(expr.true_value), again(expr.false_value))
     if isinstance(expr, Call):
-        return _call(expr, again, guarded)
+        return _call(expr, again, guarded, decide)
     raise UnknownExpressionError(type(expr).__name__)
 
 
-def _call(call: Any, again: Callable[[Expr], Expr], guarded: Callable[[], Any] | None) -> Expr:
-    name = _name(call)
-    if name == "tirx.if_then_else" and all(map(reads_in_place, call.args[1:])):
-        return tirx.Select(*(again(a) for a in call.args))
-    if name == "tirx.isnan" and str(call.args[0].ty.dtype) in _BITS:
-        return _is_nan(again(call.args[0]))
-    if name == "tirx.if_then_else" and guarded is not None:
-        condition = again(call.args[0])
-        with guarded():
-            args = [condition, *(again(a) for a in call.args[1:])]
-    else:
-        args = [again(a) for a in call.args]
-    written = _WRITTEN.get(name)
+def _call(call: Any, again: Callable[[Expr], Expr], guarded: Guard, decide: Callable[[Expr], Expr] | None) -> Expr:
+    name = name_of(call)
+    if name == "if_then_else":
+        return _branch(call, again, guarded, decide)
+    if name == "isnan" and str(call.args[0].ty.dtype) in BITS:
+        return is_nan(again(call.args[0]))
+    args = [again(a) for a in call.args]
+    written = WRITTEN.get(name)
     if written is not None and str(call.ty.dtype) == "float32":
         return written(*args)
     return Call(call.op, args, call.attrs, call.ty_args, None, call.ty)
 
 
-def _name(call: Any) -> str:
-    return str(getattr(call.op, "name", ""))
+def _branch(call: Any, again: Callable[[Expr], Expr], guarded: Guard, decide: Callable[[Expr], Expr] | None) -> Expr:
+    condition = again(call.args[0])
+    condition = condition if decide is None else decide(condition)
+    known = static(condition)
+    if known is not None:
+        return again(call.args[1 if known else 2])
+    if all(map(reads_in_place, call.args[1:])):
+        return tirx.Select(condition, *(again(a) for a in call.args[1:]))
+    with guarded():
+        return Call(call.op, [condition, *(again(a) for a in call.args[1:])], call.attrs, call.ty_args, None, call.ty)
 
 
 def reads_in_place(expr: Expr) -> bool:
     """Whether *expr* reads where its result is, not beside it: then it may be computed although it is not asked for."""
     return all(isinstance(i, tirx.Var | IntImm) for _, indices in loads(expr) for i in indices)
+
+
+def branches_on(expr: Expr, variable: Expr) -> bool:
+    """Whether *variable* decides what *expr* reads, as in a concatenation or padding."""
+    found = False
+
+    def look(e: Expr) -> None:
+        nonlocal found
+        branch = isinstance(e, Call) and name_of(e) == "if_then_else" and not all(map(reads_in_place, e.args[1:]))
+        found = found or (branch and depends(e.args[0], variable))
+
+    _walk(expr, look)
+    return found
 
 
 def is_vector_code(expr: Expr) -> bool:
@@ -107,9 +126,9 @@ def is_vector_code(expr: Expr) -> bool:
     def look(e: Expr) -> None:
         nonlocal found
         if isinstance(e, Call):
-            name = _name(e)
-            branch = name == "tirx.if_then_else" and all(map(reads_in_place, e.args[1:]))
-            found = found and (branch or name in _VECTOR or (name in _WRITTEN and str(e.ty.dtype) == "float32"))
+            name = name_of(e)
+            branch = name == "if_then_else" and all(map(reads_in_place, e.args[1:]))
+            found = found and (branch or name in _VECTOR or (name in WRITTEN and str(e.ty.dtype) == "float32"))
 
     _walk(expr, look)
     return found
@@ -161,127 +180,9 @@ def _walk(expr: Expr, look: Callable[[Expr], None]) -> None:
         _walk(part, look)
 
 
-def _f(value: float) -> Expr:
-    return FloatImm("float32", value)
-
-
-def _horner(x: Expr, coefficients: Sequence[float]) -> Expr:
-    """Polynomial in *x*, the highest power first."""
-    result = _f(coefficients[0])
-    for c in coefficients[1:]:
-        result = tirx.Add(tirx.Mul(result, x), _f(c))
-    return result
-
-
-def _clamp(x: Expr, low: float, high: float) -> Expr:
-    return tirx.Min(tirx.Max(x, _f(low)), _f(high))
-
-
-def extreme(kind: type[tirx.Max] | type[tirx.Min], a: Expr, b: Expr) -> Expr:
-    """``kind(a, b)``, which is NaN where *a* or *b* is; TVM's own is *b* where the two cannot be compared."""
-    dtype = str(a.ty.dtype)
-    if dtype not in _BITS:
-        return kind(a, b)
-    if isinstance(a, FloatImm) or isinstance(b, FloatImm):
-        return kind(b, a) if isinstance(b, FloatImm) else kind(a, b)
-    name = "llvm.maximum" if kind is tirx.Max else "llvm.minimum"
-    return tirx.call_llvm_pure_intrin(dtype, name, a, b)
-
-
-_BITS = {
-    "float16": ("int16", 0x7FFF, 0x7C00),
-    "float32": ("int32", 0x7FFFFFFF, 0x7F800000),
-    "float64": ("int64", (1 << 63) - 1, 0x7FF << 52),
-}
-"""Integers of the same size, their bits without the sign, and those of infinity; above them are NaNs."""
-
-
-def _is_nan(x: Expr) -> Expr:
-    """By the bits: TVM simplifies x ≠ x to false."""
-    kind, but_sign, infinite = _BITS[str(x.ty.dtype)]
-    bits = tirx.BitwiseAnd(tirx.reinterpret(kind, x), IntImm(kind, but_sign))
-    return tirx.GT(bits, IntImm(kind, infinite))
-
-
-def exp(x: Expr) -> Expr:
-    """e^x: x = n·ln 2 + r, |r| ≤ ln 2 / 2, a polynomial for e^r, and n added to the exponent bits."""
-    inside = _clamp(x, -87.33654, 88.72283)
-    n = tirx.floor(tirx.Add(tirx.Mul(inside, _f(1.44269504088896341)), _f(0.5)))
-    n = tirx.Min(n, _f(127.0))
-    r = tirx.Sub(tirx.Sub(inside, tirx.Mul(n, _f(0.693359375))), tirx.Mul(n, _f(-2.12194440e-4)))
-    p = _horner(r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5))
-    p = tirx.Add(tirx.Add(tirx.Mul(tirx.Mul(p, r), r), r), _f(1.0))
-    bits = tirx.LShift(tirx.Add(tirx.Cast("int32", n), IntImm("int32", 127)), IntImm("int32", 23))
-    value = tirx.Mul(p, tirx.reinterpret("float32", bits))
-    value = tirx.Select(tirx.GT(x, _f(88.72283)), tirx.infinity("float32"), value)
-    value = tirx.Select(tirx.LT(x, _f(-87.33654)), _f(0.0), value)
-    return tirx.Select(_is_nan(x), x, value)
-
-
-def _tanh(x: Expr) -> Expr:
-    """Odd polynomial for small |x|, else ±(1 − 2/(e^2|x| + 1))."""
-    size = tirx.Max(x, tirx.Sub(_f(0.0), x))
-    e = exp(tirx.Mul(tirx.Min(size, _f(10.0)), _f(2.0)))
-    large = tirx.Sub(_f(1.0), tirx.Div(_f(2.0), tirx.Add(e, _f(1.0))))
-    squared = tirx.Mul(x, x)
-    odd = _horner(
-        squared, (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-    )
-    small = tirx.Add(tirx.Mul(tirx.Mul(odd, squared), x), x)
-    value = tirx.Select(tirx.LT(x, _f(0.0)), tirx.Sub(_f(0.0), large), large)
-    value = tirx.Select(tirx.LT(size, _f(0.625)), small, value)
-    return tirx.Select(_is_nan(x), x, value)
-
-
-def _sinh(x: Expr) -> Expr:
-    """(e^x − e^−x)/2; its series where the two cancel."""
-    squared = tirx.Mul(x, x)
-    series = _horner(squared, (2.7557319e-6, 1.9841270e-4, 8.3333333e-3, 0.16666667, 1.0))
-    large = tirx.Mul(_f(0.5), tirx.Sub(exp(x), exp(tirx.Sub(_f(0.0), x))))
-    return tirx.Select(tirx.LT(squared, _f(1.0)), tirx.Mul(x, series), large)
-
-
-def _sigmoid(x: Expr) -> Expr:
-    return tirx.Div(_f(1.0), tirx.Add(_f(1.0), exp(tirx.Sub(_f(0.0), x))))
-
-
-def _erf(x: Expr) -> Expr:
-    inside = _clamp(x, -4.0, 4.0)
-    squared = tirx.Mul(inside, inside)
-    above = _horner(
-        squared,
-        (
-            -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-            -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
-        ),
-    )  # fmt: skip
-    below = _horner(
-        squared,
-        (
-            -1.45660718464996e-05,
-            -2.13374055278905e-04,
-            -1.68282697438203e-03,
-            -7.37332916720468e-03,
-            -1.42647390514189e-02,
-        ),
-    )
-    return tirx.Select(_is_nan(x), x, tirx.Div(tirx.Mul(inside, above), below))
-
-
-_WRITTEN: dict[str, Callable[..., Expr]] = {
-    "tirx.exp": exp,
-    "tirx.tanh": _tanh,
-    "tirx.sigmoid": _sigmoid,
-    "tirx.erf": _erf,
-    "tirx.sinh": _sinh,
-    "tirx.cosh": lambda x: tirx.Mul(_f(0.5), tirx.Add(exp(x), exp(tirx.Sub(_f(0.0), x)))),
-    "tirx.rsqrt": lambda x: tirx.Div(_f(1.0), tirx.sqrt(x)),
-}
-
-
 _VECTOR = {
-    "tirx.sqrt", "tirx.floor", "tirx.ceil", "tirx.round", "tirx.nearbyint", "tirx.trunc", "tirx.fabs", "tirx.isnan",
-    "tirx.reinterpret", "tirx.shift_left", "tirx.shift_right", "tirx.bitwise_and", "tirx.bitwise_or",
+    "sqrt", "floor", "ceil", "round", "nearbyint", "trunc", "fabs", "isnan",
+    "reinterpret", "shift_left", "shift_right", "bitwise_and", "bitwise_or",
 }  # fmt: skip
 for _name_of in ("tirx.nearbyint", "tirx.isnan"):  # for LLVM they are, but TVM does not say so
     tvm.ir.register_op_attr(_name_of, "TVectorizable", True)

@@ -17,6 +17,11 @@ Stmt = Any
 Buffer = Any
 
 
+def name_of(call: Any) -> str:
+    """Of the operator that *call* calls, without its dialect: TVM has ``tirx.exp`` and ``prim.ceil``."""
+    return str(getattr(call.op, "name", "")).rpartition(".")[2]
+
+
 def index(value: int | Expr) -> Expr:
     """*value* as an int64 expression."""
     if isinstance(value, int):

@@ -14,7 +14,7 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 
-from fxopt.backends._tvm_expressions import is_vector_code, loads, reads_in_place, rewrite
+from fxopt.backends._tvm_expressions import branches_on, is_vector_code, loads, reads_in_place, rewrite
 from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, flat_view, index, load, static, store, unravel
 from fxopt.backends._tvm_stages import Stage
 
@@ -48,13 +48,25 @@ class Lowering:
         for stage in stages:
             for buffer in dict.fromkeys(self._read[stage.buffer]):
                 self.readers.setdefault(buffer, []).append(stage)
+        self._reduced = self._read_by_reductions()
         self._stored = {stage.buffer for stage in stages if self._is_root(stage)}
 
     def _is_root(self, stage: Stage) -> bool:
         readers = self.readers.get(stage.buffer, [])
         if stage.buffer in self.outputs or stage.combine is not None or any(r.kernel for r in readers):
             return True
-        return len(readers) > 1 and any(reader.combine is not None for reader in readers)
+        if len(readers) > 1 and any(reader.combine is not None for reader in readers):
+            return True
+        # A reduction would decide for each of its terms what to read.
+        return stage.buffer in self._reduced and bool(stage.axes) and branches_on(stage.value, stage.axes[-1])
+
+    def _read_by_reductions(self) -> set[Buffer]:
+        """What reductions read, directly or not."""
+        found: set[Buffer] = set()
+        for stage in reversed(self.stages):
+            if stage.combine is not None or stage.buffer in found:
+                found.update(self._read[stage.buffer])
+        return found
 
     def is_stored(self, buffer: Buffer) -> bool:
         """Whether *buffer* is memory: of the caller, or of a root."""

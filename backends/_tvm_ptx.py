@@ -29,7 +29,7 @@ from tvm.ir import Call, StringImm
 from tvm.target import codegen
 
 from fxopt.backends import _tvm_device_math
-from fxopt.backends._tvm_loops import Expr
+from fxopt.backends._tvm_loops import Expr, name_of
 from fxopt.errors import UnsupportedOp
 
 NAME = "fxopt-ptx"
@@ -162,7 +162,7 @@ def _translated(module: Any, target: Any) -> str:
 
 def _check_calls(module: Any) -> None:
     def look(call: Any) -> None:
-        name = str(getattr(call.op, "name", "")).removeprefix("tirx.")
+        name = name_of(call)
         if name in ("call_extern", "call_pure_extern"):
             called = str(call.args[0].value)
         elif name in ("call_llvm_intrin", "call_llvm_pure_intrin"):
@@ -210,7 +210,7 @@ def _of_bools(comparison: Any) -> Any:
 
 
 def _intrinsic(call: Any) -> Any:
-    name = str(getattr(call.op, "name", "")).removeprefix("tirx.")
+    name = name_of(call)
     if name == "tvm_storage_sync":
         if str(call.args[0].value) == "warp":
             return tirx.call_llvm_intrin("void", "llvm.nvvm.bar.warp.sync", _activemask())

@@ -12,7 +12,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx import ForKind
 
-from fxopt.backends._tvm_expressions import depends, extreme, loads
+from fxopt.backends._tvm_expressions import depends, loads
+from fxopt.backends._tvm_functions import extreme
 from fxopt.backends._tvm_loops import (
     Expr,
     Stmt,

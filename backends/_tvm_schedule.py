@@ -37,6 +37,7 @@ from fxopt.backends._tvm_loops import (
     vector,
 )
 from fxopt.backends._tvm_lowering import Lowering, finish
+from fxopt.backends._tvm_pieces import pieces
 from fxopt.backends._tvm_reductions import FEW, tasks
 from fxopt.backends._tvm_stages import Stage, stages
 
@@ -153,10 +154,18 @@ class _Schedule:
             number = bound(number, "row", bindings)
             at = [*prefix, *(self.lowering.row(number, outer) if outer else [])]
 
-            def element(i: Expr) -> list[Stmt]:
-                return finish(self.lowering, stage, [*at, *unravel(i, last)], {})
+            def along(part: Stage, first: int, extent: Expr) -> list[Stmt]:
+                def element(i: Expr) -> list[Stmt]:
+                    return finish(self.lowering, part, [*at, *unravel(i + first if first else i, last)], {})
 
-            return [*bindings, *self._along(product(last), element)]
+                return self._along(extent, element)
+
+            inside = static(product(last[1:]))
+            parts = pieces(self.lowering, stage, -inner) if inside else []
+            if not inside or not parts:
+                return [*bindings, *along(stage, 0, product(last))]
+            each = [(part, start * inside, index((end - start) * inside)) for start, end, part in parts]
+            return [*bindings, *(s for part in each for s in along(*part))]
 
         if prefix:
             return [loop(product(outer), row)]

@@ -47,6 +47,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "max pool": lambda x: F.max_pool1d(x[None], 3),
     "max pool, padded": lambda x: F.max_pool2d(x[None, None], 2, padding=1),
     "softmax": lambda x: x.softmax(-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "logsumexp of columns": lambda x: x.logsumexp(0, keepdim=True),
+    "logsumexp of all": lambda x: x.logsumexp((0, 1)),
 }
 
 
