@@ -61,13 +61,26 @@ def main(path: str, folder: str, trials: str, target: str) -> None:
 
     machine = tvm.target.Target(json.loads(target))
     module, params = relax.frontend.detach_params(from_onnx(onnx.load(path), keep_params_in_input=True))
+    each = max(1, int(trials) // _tasks(module, machine))
     pipeline = relax.pipeline.static_shape_tuning_pipeline(
-        int(trials), machine, f"{folder}/logs", cpu_weight_prepack=True, max_trials_per_task=int(trials)
+        int(trials), machine, f"{folder}/logs", cpu_weight_prepack=True, max_trials_per_task=each
     )
     with machine:
         tvm.compile(pipeline(module), target=machine).export_library(f"{folder}/model.so")
     values = {str(i): value for i, value in enumerate(params["main"])}
     tvm.runtime.save_param_dict_to_file(values, f"{folder}/model.params")
+
+
+def _tasks(module: Any, machine: Any) -> int:
+    """How many functions there are to tune: trials are shared by them, or the first few would take them all."""
+    import tvm
+    from tvm import relax
+    from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
+
+    before = [relax.transform.DecomposeOpsForInference(), relax.transform.CanonicalizeBindings()]
+    with machine:
+        fused = tvm.transform.Sequential([*before, relax.get_pipeline("zero")])(module)
+    return len(extract_tasks(fused, machine))
 
 
 if __name__ == "__main__":
