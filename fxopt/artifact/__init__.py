@@ -256,8 +256,11 @@ def _program(entry: Mapping[str, Any], constants: dict[str, Any], allow_ops: Col
 
 
 def _fake_constant(value: Any, entry: Mapping[str, Any], node: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, torch.Tensor):
+        with mode:  # takes a half of the time of mode.from_tensor
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     if value is not None:
-        return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+        return value
     shape, dtype = entry["constants"][str(node.target)]  # of a constant that the engine holds
     with mode:
         return torch.empty([int(size) for size in shape], dtype=decode(dtype))

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
-from networkx.utils import UnionFind
 from torch import fx
 
 from fxopt import ops
@@ -142,6 +141,8 @@ class _Demand:
         self.native = native
         self.scheme = native.scheme
         self.wanted: set[fx.Node] = set()
+        from networkx.utils import UnionFind  # whoever loads an artifact imports this file, and not that library
+
         self.groups = UnionFind()
 
     def walk(self, nodes: list[fx.Node]) -> None:
