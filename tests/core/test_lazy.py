@@ -15,7 +15,7 @@ import fxopt
 from fxopt import compiler
 from fxopt.capture import capture
 from fxopt.compiled import CompiledModel
-from tests.core.test_capture import Answer
+from tests.core.captured import Answer
 from tests.passes.models import Model, chain
 
 
