@@ -142,7 +142,7 @@ def _slice(bb: Any, inputs: Any, attrs: Any) -> Any:
 
 
 def _log_sum_exp(bb: Any, inputs: Any, attrs: Any) -> Any:
-    """log Σ e^(x − m) + m, with m the largest x, or 0 where that is infinite."""
+    """The log of Σ e^(x − m) + m, with m the largest x, or 0 where that is infinite."""
     x, given = inputs[0], _constant(inputs[1]) if len(inputs) > 1 else None
     axes = attrs.get("axes") if given is None else given.tolist()
     if not axes:
