@@ -34,7 +34,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from fxopt import ops
-from fxopt.backends import _onnx_quantized_ops, _onnx_resize, _onnx_stable
+from fxopt.backends import _onnx_attention, _onnx_quantized_ops, _onnx_resize, _onnx_stable
 from fxopt.backends._onnx_decompose import decompose, is_translated
 from fxopt.errors import UnsupportedOp
 from fxopt.program import ORIGIN, Program, source_line
@@ -129,7 +129,7 @@ def _prepare(program: Program, registry: ONNXRegistry) -> list[fx.Node]:
         elif ops.is_fused(node):
             rewriter.replace(node, _unfused(rewriter, node))
         elif node.target is aten.scaled_dot_product_attention.default:
-            _masked_attention(rewriter, node)
+            _onnx_attention.write(rewriter, node)
         elif ops.packet(node) in ("amax", "amin") and not ops.arguments(node)["dim"]:
             a = ops.arguments(node)
             node.args, node.kwargs = (a["self"], list(range(a["self"].meta["val"].dim())), a["keepdim"]), {}
@@ -168,55 +168,6 @@ def _unfused(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     if isinstance(compute, functools.partial):
         compute, options = compute.func, dict(compute.keywords)  # type: ignore[attr-defined]
     return rewriter.call(compute, (y, *a["activation_args"]), options, before=node)
-
-
-def _masked_attention(rewriter: Rewriter, node: fx.Node) -> None:
-    """softmax(q·kᵀ·scale + mask)·v with zeros for a query from which the mask hides every key, as in eager.
-
-    The exporter's translation gives such a query NaN, or with a bool mask the mean of all values. A constant mask that
-    leaves each query a key is left to it.
-    """
-    if ops.arguments(node)["enable_gqa"]:
-        _share_heads(rewriter, node)
-    a = ops.arguments(node)
-    mask = a["attn_mask"]
-    if not isinstance(mask, fx.Node):
-        return
-    held, boolean = rewriter.tensor(mask), mask.meta["val"].dtype is torch.bool
-    if held is not None and bool((held if boolean else held > float("-inf")).any(-1).all()):
-        return
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        return rewriter.call(target, args, before=node)
-
-    query, key, value = a["query"], a["key"], a["value"]
-    size = query.meta["val"].shape[-1]
-    scale = a["scale"] if a["scale"] is not None else float(size) ** -0.5
-    scores = call(aten.matmul.default, call(aten.mul.Scalar, query, scale), call(aten.transpose.int, key, -2, -1))
-    hidden = call(aten.logical_not.default, mask) if boolean else call(aten.eq.Scalar, mask, float("-inf"))
-    if boolean:
-        masked = call(aten.masked_fill.Scalar, scores, hidden, float("-inf"))
-    else:
-        masked = call(aten.add.Tensor, scores, mask)
-    weights = call(aten.softmax.int, masked, -1)
-    none = call(aten.logical_not.default, call(aten.any.dim, call(aten.logical_not.default, hidden), -1, True))
-    weights = call(aten.masked_fill.Scalar, weights, none, 0.0)
-    rewriter.replace(node, call(aten.matmul.default, weights, value))
-
-
-def _share_heads(rewriter: Rewriter, node: fx.Node) -> None:
-    """Repeat heads of keys and values that several heads of queries share.
-
-    The exporter's translation has a scalar for the axes of its Unsqueeze, which are a vector in ONNX.
-    """
-    a = ops.arguments(node)
-    query, key, value = a["query"], a["key"], a["value"]
-    shared = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
-    if shared > 1:
-        repeat = aten.repeat_interleave.self_int
-        key, value = (rewriter.call(repeat, (x, shared, -3), before=node) for x in (key, value))
-    node.args = (query, key, value, a["attn_mask"], a["dropout_p"], a["is_causal"])
-    node.kwargs = {"scale": a["scale"]}
 
 
 def _zeros(rewriter: Rewriter, node: fx.Node) -> None:

@@ -36,6 +36,28 @@ def test_a_query_that_a_mask_leaves_no_key_gets_zeros(backend: str, kind: torch.
         torch.testing.assert_close(compiled(q, k, v, mask(kept)), model(q, k, v, mask(kept)), atol=1e-5, rtol=1e-4)
 
 
+ATTENTION: list[dict[str, Any]] = [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(5, 5).tril() > 0}]
+
+
+@ENGINES
+@pytest.mark.parametrize("options", ATTENTION, ids=lambda options: "".join(options))
+@pytest.mark.parametrize("rank", [2, 3, 5])
+def test_attention_of_any_rank(backend: str, rank: int, options: dict[str, Any]) -> None:
+    inputs = tuple(torch.randn(2, 3, 4, 5, 8)[(0,) * (5 - rank)] for _ in range(3))
+    model = Function(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options))
+    compiled = fxopt.compile(model, example_inputs=inputs, backend=backend)
+    torch.testing.assert_close(compiled(*inputs), model(*inputs), atol=1e-5, rtol=1e-4)
+
+
+@ENGINES
+def test_causal_attention_of_one_head_over_any_length(backend: str) -> None:
+    model = Function(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True))
+    sizes = {"inputs": ({0: "batch", 1: "length"},)}
+    compiled = fxopt.compile(model, example_inputs=(torch.randn(2, 5, 8),), dynamic_shapes=sizes, backend=backend)
+    for x in (torch.randn(2, 5, 8), torch.randn(3, 9, 8)):
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+
+
 @ENGINES
 @pytest.mark.parametrize(
     "function",
