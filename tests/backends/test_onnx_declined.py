@@ -81,7 +81,7 @@ def line_of(text: str) -> int:
 
 
 def test_an_op_without_translation_is_named_with_its_line() -> None:
-    with pytest.raises(fxopt.UnsupportedOp, match=f"special_bessel_j0.*test_onnx.py:{line_of('# this line')}"):
+    with pytest.raises(fxopt.UnsupportedOp, match=f"special_bessel_j0.*test_onnx_declined.py:{line_of('# this line')}"):
         lower(Untranslatable(), (torch.randn(3),))
 
 
@@ -97,7 +97,7 @@ class Unkernelled(nn.Module):
 
 
 def test_what_onnxruntime_itself_refuses_is_located() -> None:
-    with pytest.raises(fxopt.UnsupportedOp, match=f"onnxruntime.*aten.cos.*test_onnx.py:{line_of('# no kernel')}"):
+    with pytest.raises(fxopt.UnsupportedOp, match=f"onnxruntime.*aten.cos.*test_onnx_declined.py:{line_of('# no kernel')}"):
         lower(Unkernelled(), (torch.randn(3).bfloat16(),))
 
 

@@ -120,13 +120,13 @@ def test_data_dependent_control_flow_shows_the_line() -> None:
         capture(Model(data_dependent), (X,))
     text = str(caught.value)
     assert "Model cannot be captured" in text
-    assert "test_capture.py" in text
+    assert "test_capture_models.py" in text
     assert "the line that the error shows" in text
     assert "torch.where or torch.cond" in text
 
 
 def test_item_shows_the_line() -> None:
-    with pytest.raises(fxopt.CaptureError, match=r"test_capture\.py.*\n.*range\(int\(x\.max"):
+    with pytest.raises(fxopt.CaptureError, match=r"test_capture_models\.py.*\n.*range\(int\(x\.max"):
         capture(Model(lambda m, x: [x for _ in range(int(x.max().item()))]), (X + 3,))
 
 
