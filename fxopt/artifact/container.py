@@ -221,10 +221,17 @@ class Container:
     def _manifest(self, comment: bytes) -> dict[str, Any]:
         if comment != _COMMENT + self._digest(MANIFEST).encode():
             raise ArtifactError(f"{self.path} is no fxopt artifact, or its {MANIFEST} was altered")
+        if not self._ends_with(comment):
+            raise ArtifactError(f"{self.path} goes on after its end: the file is damaged or was altered")
         manifest = self.json(MANIFEST)
         if not isinstance(manifest, dict):
             raise ArtifactError(f"{self.path}: {MANIFEST} is no JSON object")
         return manifest
+
+    def _ends_with(self, comment: bytes) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-len(comment), os.SEEK_END)
+            return file.read() == comment
 
     def _read(self, name: str) -> Iterator[bytes]:
         offset, left = self.place(name)

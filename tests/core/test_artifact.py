@@ -325,6 +325,9 @@ def test_damage_is_found(saved: Path, tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(ArtifactError, match=r"no fxopt artifact|cut off|damaged"):
             fxopt.load(path)
+    path.write_bytes(whole + b"more")
+    with pytest.raises(ArtifactError, match="goes on after its end"):
+        fxopt.load(path)
     for name, content in members(saved).items():
         at = whole.index(content) + len(content) // 2
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
