@@ -17,6 +17,7 @@ from fxopt.cli import sources
 from fxopt.cli.output import NO, emit
 from fxopt.dynamic import output_names
 from fxopt.errors import InputError
+from fxopt.structures import register
 
 
 def random_inputs(model: fxopt.CompiledModel) -> list[Any]:
@@ -102,7 +103,9 @@ def _expected(plain: Any, name: str, args: Any, kwargs: Any) -> list[Any]:
     """
     try:
         with torch.no_grad():
-            return pytree.tree_leaves(plain(*args, **kwargs))
+            outputs = plain(*args, **kwargs)
+        register(outputs)
+        return pytree.tree_leaves(outputs)
     except Exception as error:
         raise InputError(
             f"MODEL {name!r} fails on inputs of the artifact, which may be of another model: {type(error).__name__}: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -42,6 +44,21 @@ class Twice(nn.Module):
 
 def twice() -> nn.Module:
     return Twice()
+
+
+@dataclasses.dataclass
+class Answer:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Answers(nn.Module):
+    def forward(self, x: torch.Tensor) -> Answer:
+        return Answer(x + 1, x * 2)
+
+
+def odd() -> tuple[nn.Module, int]:
+    return net(), 3
 
 
 def data() -> list[tuple[torch.Tensor]]:

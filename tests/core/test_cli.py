@@ -168,6 +168,13 @@ def test_errors_are_one_line_with_a_status(arguments: tuple[str, ...], status: i
     assert "Traceback" not in output
 
 
+def test_verify_takes_objects_apart(tmp_path: Path) -> None:
+    """A process that captures nothing has not seen the model's dataclasses yet."""
+    call("compile", f"{M}:Answers", "-i", "f32[2,3]", "--backend", "torch", "-o", tmp_path / "m.fxopt")
+    done = shell(f"verify {tmp_path / 'm.fxopt'} {M}:Answers")
+    assert done.returncode == 0, done.stderr
+
+
 def test_verify_tells_same_from_other(artifact: Path, lossy: Path) -> None:
     assert answer("verify", artifact, f"{M}:net", "--data", f"{M}:data")["batches"] == 16
     assert not answer("verify", artifact, f"{M}:other", status=1)["ok"]
