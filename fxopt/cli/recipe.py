@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from fxopt.errors import InputError, SpecError, near_miss
+from fxopt.errors import FxoptError, InputError, SpecError, near_miss
 
 Path_ = tuple[str | int, ...]
 
@@ -69,7 +69,29 @@ def read(path: Path) -> tuple[Recipe, list[Any]]:
         if first["type"] == "extra_forbidden":
             problem = f"a recipe has no {name!r}.{near_miss(name, Recipe.model_fields)}"
         raise InputError(f"{path}:{_line(lines, where)}: {problem}") from error
+    _check(path, recipe, lines)
     return recipe, [_pass(path, item, lines, ("passes", i)) for i, item in enumerate(recipe.passes)]
+
+
+def _check(path: Path, recipe: Recipe, lines: dict[Path_, int]) -> None:
+    """Look up what the recipe names, so that what does not exist is told with its line."""
+    from fxopt import registry
+    from fxopt.cli import sources
+    from fxopt.target import resolve_target
+
+    where: Path_ = ("target",)
+    try:
+        resolve_target(recipe.target or "x86")
+        where = ("backend",)
+        if recipe.backend and recipe.backend != "auto":
+            engine = registry.find_backend(recipe.backend)
+            where = ("backend_options",)
+            engine.with_options(recipe.backend_options)
+        for i, text in enumerate(recipe.input):
+            where = ("input", i)
+            sources.example(text)
+    except FxoptError as error:
+        raise InputError(f"{path}:{_line(lines, where)}: {error}") from error
 
 
 def _pass(path: Path, item: str | dict[str, Any], lines: dict[Path_, int], where: Path_) -> Any:
@@ -104,9 +126,13 @@ def _yaml(path: Path, text: str) -> tuple[Any, dict[Path_, int]]:
         line = mark.line + 1 if mark else 1
         raise InputError(f"{path}:{line}: {getattr(error, 'problem', None) or error}") from error
     lines: dict[Path_, int] = {}
+    seen = set[int]()
 
     def visit(node: Any, where: Path_) -> None:
         lines.setdefault(where, node.start_mark.line + 1)
+        if id(node) in seen:  # *alias of a node that stands elsewhere, or around this place
+            return
+        seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if (*where, key.value) in lines:

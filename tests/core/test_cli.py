@@ -116,6 +116,11 @@ def test_recipes(name: str, tmp_path: Path) -> None:
         ("passes:\n  - {prune-channels: {}, gptq: {}}\n", r"r.yaml:2: write one pass an item"),
         ("target: x86\nbackend: torch\ntarget: arm\n", r"r.yaml:3: 'target' stands here a second time"),
         ("input: [3]\n", r"r.yaml:1: input.0: .*string"),
+        ("verify: true\ntarget: x68\n", r"r.yaml:2: unknown target 'x68'"),
+        ("verify: true\nbackend: tourch\n", r"r.yaml:2: unknown backend 'tourch'. Did you mean 'torch'"),
+        ("backend: torch\nbackend_options: {threds: 1}\n", r"r.yaml:2: backend 'torch' has no option 'threds'"),
+        ("input:\n  - f32[1,3,8,8]\n  - f32[1,3,8\n", r"r.yaml:3: --input .*write it like"),
+        ("verify: true\nnotes: &a [*a]\n", r"r.yaml:2: a recipe has no 'notes'"),
     ],
 )
 def test_a_wrong_recipe_is_told_with_its_line(text: str, message: str, tmp_path: Path) -> None:
