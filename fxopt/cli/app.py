@@ -161,7 +161,9 @@ def verify(
     data: Annotated[
         str | None, typer.Option(help="module:name of input batches; random ones where none is given.")
     ] = None,
-    cosine: Annotated[float | None, typer.Option(help="The least cosine similarity; for lossy artifacts.")] = None,
+    cosine: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="The least cosine similarity; for lossy artifacts.")
+    ] = None,
     batches: Annotated[int, typer.Option(min=1, help="At most so many batches.")] = 16,
     allow_code: AllowCode = False,
     as_json: Json = False,

@@ -21,6 +21,7 @@ from fxopt.artifact.reports import encode_report
 from fxopt.cli import sources
 from fxopt.cli.output import NO, emit
 from fxopt.cli.recipe import read
+from fxopt.cli.use import random_inputs
 from fxopt.errors import BackendUnavailable, FxoptError, InputError
 from fxopt.measure import latency_ms
 
@@ -74,8 +75,6 @@ def compiled(name: str, wish: Wish, dump: Path | None = None, backend: str | Non
     Raises:
         InputError: it has no example inputs, or comes compiled.
     """
-    if name.endswith(".fxopt"):
-        raise InputError(f"{name} is compiled already")
     source = sources.model(name, wish.inputs)
     if source.inputs is None and not source.kwargs and isinstance(source.model, torch.nn.Module):
         raise InputError(
@@ -98,6 +97,17 @@ def compiled(name: str, wish: Wish, dump: Path | None = None, backend: str | Non
     )
 
 
+def refuse_for_artifacts(name: str, **given: Any) -> None:
+    """Options that have no meaning where *name* is an artifact.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    said = [f"--{option}" for option, value in given.items() if value]
+    if name.endswith(".fxopt") and said:
+        raise InputError(f"{name} is compiled already, so that {', '.join(said)} would change nothing: leave it out")
+
+
 def compile_model(name: str, wish: Wish, output: Path | None, dump: Path | None, *, as_json: bool) -> int | None:
     """Compile, report, save."""
     model = compiled(name, wish, dump)
@@ -113,6 +123,7 @@ def compile_model(name: str, wish: Wish, output: Path | None, dump: Path | None,
 
 def explain(name: str, wish: Wish, *, as_json: bool) -> int | None:
     """Passes, what they did, what they left alone."""
+    refuse_for_artifacts(name, passes=wish.passes, input=wish.inputs, calibration=wish.calibration)
     report = sources.report(name) if name.endswith(".fxopt") else compiled(name, wish).report
     parts: list[Any] = []
     for record in report.passes:
@@ -138,11 +149,13 @@ def bench(
     """Latency in turns, as medians of the rounds."""
     if threads is not None:
         torch.set_num_threads(threads)
+    refuse_for_artifacts(name, passes=wish.passes, input=wish.inputs, calibration=wish.calibration, backends=backends)
     failed = dict[str, str]()
     calls = dict[str, Callable[[], object]]()
     if name.endswith(".fxopt"):
         model = sources.artifact(name, allow_code=allow_code)
-        calls[model.backend] = functools.partial(model, *_random(model))
+        args, kwargs = pytree.tree_unflatten(random_inputs(model), model._current("inputs").program.signature.in_spec)
+        calls[model.backend] = functools.partial(model, *args, **kwargs)
     else:
         calls = _contestants(name, wish, backends, failed)
     times: dict[str, list[float]] = {label: [] for label in calls}
@@ -186,13 +199,3 @@ def _contestants(
         except FxoptError as error:
             failed[backend] = str(error)
     return calls
-
-
-def _random(model: fxopt.CompiledModel) -> Sequence[Any]:
-    """Positional inputs for *model*, open sizes as they were at capture."""
-    from fxopt.cli.use import random_inputs
-
-    args, kwargs = pytree.tree_unflatten(random_inputs(model), model._current("inputs").program.signature.in_spec)
-    if kwargs:
-        raise InputError("bench: an artifact with keyword inputs is run by fxopt run")
-    return tuple(args)

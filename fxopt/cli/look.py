@@ -32,6 +32,7 @@ def dump(
     name: str, inputs: Sequence[str], target: str | None, passes: str | None, *, allow_code: bool, as_json: bool
 ) -> int | None:
     """The final graph as text."""
+    build.refuse_for_artifacts(name, input=inputs, target=target, passes=passes)
     if name.endswith(".fxopt"):
         model = sources.artifact(name, allow_code=allow_code)
     else:

@@ -75,19 +75,27 @@ def model(name: str, inputs: Sequence[str] = ()) -> Source:
     Raises:
         InputError: there is no such model, or an input is not spelled so.
     """
+    if name.endswith(".fxopt"):
+        raise InputError(
+            f"MODEL {name!r} is compiled already: name what it was made from, module:factory or a .pt2 file"
+        )
     if name.endswith(".pt2"):
         source = Source(_exported(Path(name)))
     else:
         made = found(name, "MODEL")
         if not isinstance(made, nn.Module) and callable(made):
-            try:
-                made = made()
-            except Exception as error:
-                raise InputError(f"MODEL {name!r}: calling it failed: {type(error).__name__}: {error}") from error
+            made = _called(made, f"MODEL {name!r}")
         source = _source(name, made)
     if inputs:
         _take(source, inputs)
     return source
+
+
+def _called(factory: Any, what: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise InputError(f"{what}: calling it failed: {type(error).__name__}: {error}") from error
 
 
 def _exported(path: Path) -> ExportedProgram:
@@ -107,7 +115,11 @@ def _source(name: str, made: Any) -> Source:
         raise InputError(f"MODEL {name!r} gives a {type(made).__name__}, not a model or (model, example_inputs)")
     if isinstance(given, dict):
         return Source(made, (), given)
-    return Source(made, (given,) if isinstance(given, torch.Tensor) else None if given is None else tuple(given))
+    if isinstance(given, torch.Tensor):
+        given = (given,)
+    if not isinstance(given, (tuple, list, type(None))):
+        raise InputError(f"MODEL {name!r} gives a {type(given).__name__} as example inputs, not a tuple or a mapping")
+    return Source(made, None if given is None else tuple(given))
 
 
 def _take(source: Source, texts: Sequence[str]) -> None:
@@ -165,7 +177,7 @@ def data(name: str) -> Iterable[Any]:
     """
     made = found(name, "data")
     if callable(made) and not isinstance(made, Iterable):
-        made = made()
+        made = _called(made, f"data {name!r}")
     if not isinstance(made, Iterable):
         raise InputError(f"data {name!r} gives a {type(made).__name__}, not an iterable of input tuples")
     return made

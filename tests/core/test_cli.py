@@ -153,6 +153,12 @@ def test_a_wrong_toml_recipe(tmp_path: Path) -> None:
         (("compile", f"{M}:broken"), 2, "calling it failed: RuntimeError: no weights here"),
         (("compile", f"{M}:NUMBER"), 2, "gives a int, not a model"),
         (("compile", "net"), 2, "must be module:name"),
+        (("compile", f"{M}:odd"), 2, "gives a int as example inputs"),
+        (("compile", "m.fxopt"), 2, "is compiled already: name what it was made from"),
+        (("compile", f"{M}:pair", "--calibration", f"{M}:broken"), 2, "broken': calling it failed: RuntimeError"),
+        (("dump", "m.fxopt", "--passes", "gptq"), 2, "--passes would change nothing"),
+        (("explain", "m.fxopt", "-i", "f32[1]"), 2, "--input would change nothing"),
+        (("bench", "m.fxopt", "--backends", "onnx"), 2, "--backends would change nothing"),
         (("compile", "none.pt2"), 2, "there is no file none.pt2"),
         (("compile", f"{M}:net", "-i", "float[1]"), 2, "write it like"),
         (("compile", f"{M}:net", "-i", "f32[a]"), 2, "'a' is no size"),
@@ -227,10 +233,12 @@ def test_weights_that_differ_are_named(artifact: Path, tmp_path: Path) -> None:
     assert "5.bias" in answer("diff", artifact, tmp_path / "o.fxopt", status=1)["weights"]
 
 
-def test_bench(artifact: Path) -> None:
+def test_bench(artifact: Path, tmp_path: Path) -> None:
     found = answer("bench", f"{M}:pair", "--backends", "torch,onnx", "--rounds", "1")
     assert set(found["median_ms"]) == {"eager", "torch", "onnx"}
     assert list(answer("bench", artifact, "--rounds", "1")["median_ms"]) == ["torch"]
+    call("compile", f"{M}:keywords", "--backend", "torch", "-o", tmp_path / "k.fxopt")
+    assert list(answer("bench", tmp_path / "k.fxopt", "--rounds", "1")["median_ms"]) == ["torch"]
 
 
 def test_listings() -> None:
