@@ -61,9 +61,11 @@ def minify(
         Path of the script.
 
     Raises:
-        InputError: the model compiles, or cannot be captured. SpecError: passes or backend are not known.
+        InputError: the model compiles, cannot be captured, or fails for what is no part of its graph.
+        SpecError: passes or backend are not known.
     """
-    captured = capture(model, as_args(example_inputs) or (), None, None)
+    arguments = as_args(example_inputs) or ()
+    captured = capture(model, arguments, None, None)
     _drop_checks(captured.program)
     whole = captured.program.to_module()
     inputs = [x for x in captured.inputs if isinstance(x, torch.Tensor)]
@@ -71,6 +73,11 @@ def minify(
         raise InputError("minify takes models whose inputs are tensors alone")
     trial = _Trial(passes, target, backend, calibration, captured.program.signature)
     error = trial(whole, inputs)
+    around = trial(model, arguments) if error is None else None
+    if around is not None:
+        raise InputError(
+            f"the model fails for what is around its graph, which no smaller graph shows: {around}"
+        ) from around
     if error is None:
         raise InputError("the model compiles with these passes on this backend: there is nothing to shrink")
     if isinstance(error, (SpecError, BackendUnavailable)):  # no part of the model is to blame
@@ -105,7 +112,7 @@ class _Trial:
         if calibration is not None:
             next(iter(Calibration(calibration, signature).batches()), None)  # what is wrong with it is said now
 
-    def __call__(self, part: fx.GraphModule, values: Sequence[torch.Tensor]) -> FxoptError | None:
+    def __call__(self, part: nn.Module, values: Sequence[Any]) -> FxoptError | None:
         data = [tuple(values)] * _BATCHES if self.calibrated else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -88,6 +88,22 @@ def test_what_compiles_cannot_be_shrunk(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_part_of_the_graph_is_told(tmp_path: Path) -> None:
+    class Counts(Deep):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(x) + self.calls
+
+    with pytest.raises(fxopt.InputError, match=r"around its graph.*changes its buffer 'calls'"):
+        fxopt.minify(Counts(), (X,), backend="onnx", folder=tmp_path)
+
+
 @pytest.mark.parametrize("wrong", [{"passes": "prune-chanels"}, {"backend": "tourch"}])
 def test_what_no_part_is_to_blame_for_is_raised(wrong: Any, tmp_path: Path) -> None:
     with pytest.raises(fxopt.SpecError, match="Did you mean"):
