@@ -64,6 +64,8 @@ def backend(
     Raises:
         SpecError: an unknown option, or a mode. Errors in the options themselves are those of :func:`fxopt.compile`.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise SpecError(f"options of backend 'fxopt' are a mapping, such as {{'passes': …}}, not {options!r:.80}")
     given = dict(options or {})
     if mode is not None:
         raise SpecError(f"backend 'fxopt' has no mode {mode!r}: say what you want in options={{'passes': …}}")

@@ -367,6 +367,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_the_reason() -> None:
         ({"options": {"passes": "prune"}}, "unknown pass 'prune'"),
         ({"options": {"passes": "insert-fake-quant"}}, "pass calibration="),
         ({"mode": "max-autotune"}, "no mode 'max-autotune'"),
+        ({"options": "cast-precision"}, "options of backend 'fxopt' are a mapping"),
     ],
 )
 def test_wrong_options_are_errors(arguments: dict[str, Any], message: str) -> None:
