@@ -95,7 +95,7 @@ def _branch(call: Any, again: Callable[[Expr], Expr], guarded: Guard, decide: Ca
     known = static(condition)
     if known is not None:
         return again(call.args[1 if known else 2])
-    if all(map(reads_in_place, call.args[1:])):
+    if _is_choice(call):
         return tirx.Select(condition, *(again(a) for a in call.args[1:]))
     with guarded():
         return Call(call.op, [condition, *(again(a) for a in call.args[1:])], call.attrs, call.ty_args, None, call.ty)
@@ -106,13 +106,25 @@ def reads_in_place(expr: Expr) -> bool:
     return all(isinstance(i, tirx.Var | IntImm) for _, indices in loads(expr) for i in indices)
 
 
+def _is_choice(branch: Any) -> bool:
+    """Whether both values of the if_then_else *branch* may be computed.
+
+    Where an index decides, as in a padding, one of them may lie out of bounds; where data decide, either may be asked
+    for at each index, so that both are there.
+    """
+    if not all(map(reads_in_place, branch.args[1:])):
+        return False
+    condition = rewrite(branch.args[0], {}, lambda buffer, _: zero(str(buffer.dtype)))
+    return not any(map(loads, branch.args[1:])) or not _variables(condition)
+
+
 def branches_on(expr: Expr, variable: Expr) -> bool:
     """Whether *variable* decides what *expr* reads, as in a concatenation or padding."""
     found = False
 
     def look(e: Expr) -> None:
         nonlocal found
-        branch = isinstance(e, Call) and name_of(e) == "if_then_else" and not all(map(reads_in_place, e.args[1:]))
+        branch = isinstance(e, Call) and name_of(e) == "if_then_else" and not _is_choice(e)
         found = found or (branch and depends(e.args[0], variable))
 
     _walk(expr, look)
@@ -127,8 +139,8 @@ def is_vector_code(expr: Expr) -> bool:
         nonlocal found
         if isinstance(e, Call):
             name = name_of(e)
-            branch = name == "if_then_else" and all(map(reads_in_place, e.args[1:]))
-            found = found and (branch or name in _VECTOR or (name in WRITTEN and str(e.ty.dtype) == "float32"))
+            choice = name == "if_then_else" and _is_choice(e)
+            found = found and (choice or name in _VECTOR or (name in WRITTEN and str(e.ty.dtype) == "float32"))
 
     _walk(expr, look)
     return found
@@ -152,14 +164,14 @@ def loads(expr: Expr) -> list[tuple[Buffer, list[Expr]]]:
 
 def depends(expr: Expr, variable: Expr) -> bool:
     """Whether *variable* occurs in the expression *expr*."""
-    seen = False
+    return any(bool(found.same_as(variable)) for found in _variables(expr))
 
-    def look(e: Expr) -> None:
-        nonlocal seen
-        seen = seen or (isinstance(e, tirx.Var) and bool(e.same_as(variable)))
 
-    _walk(expr, look)
-    return seen
+def _variables(expr: Expr) -> list[Expr]:
+    """Each variable in *expr*, as often as it is there."""
+    found: list[Expr] = []
+    _walk(expr, lambda e: found.append(e) if isinstance(e, tirx.Var) else None)
+    return found
 
 
 def _walk(expr: Expr, look: Callable[[Expr], None]) -> None:

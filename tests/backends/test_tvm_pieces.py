@@ -99,6 +99,16 @@ def test_a_choice_in_place_is_vector_code(loops: list[str]) -> None:
     assert not LANES_CHOOSE.search("".join(loops))
 
 
+def test_nothing_behind_a_tensor_is_read_for_its_padding() -> None:
+    x = torch.full((4, 20), 7)  # what lies behind it may be 0, by which no integer can be divided
+    check(Function(lambda a, b: F.pad(a // b, (0, 0, 0, 1000))), x, x)
+
+
+def test_an_index_that_decides_guards_what_is_read(loops: list[str]) -> None:
+    check(Function(lambda x: F.pad(x, (0, 0, 0, 9)).tanh()), torch.randn(4, 20))
+    assert "if_then_else" in "".join(loops)
+
+
 def test_an_open_size() -> None:
     model = Function(lambda x: torch.cat([x, x * 2], -1).tanh())
     sizes = {"inputs": ({0: "batch", 1: "width"},)}
