@@ -203,7 +203,9 @@ class OnnxFile:
             ArtifactError: not an .onnx path, or it cannot be written.
         """
         if path.suffix != ".onnx":
-            raise ArtifactError(f"the ONNX backends write .onnx files, not {path.suffix or path.name!r}")
+            raise ArtifactError(
+                f"the ONNX backends write .onnx files, not {path.suffix or path.name!r}; .fxopt is for all"
+            )
         try:
             with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
                 _copy(self.path, Path(staging) / path.name, single=self.nbytes() <= SINGLE_FILE_LIMIT)

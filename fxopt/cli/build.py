@@ -109,7 +109,13 @@ def refuse_for_artifacts(name: str, **given: Any) -> None:
 
 
 def compile_model(name: str, wish: Wish, output: Path | None, dump: Path | None, *, as_json: bool) -> int | None:
-    """Compile, report, save."""
+    """Compile, report, save; what cannot be written to is told before the work.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {str(output)!r}: there is no folder {str(output.parent)!r}")
     model = compiled(name, wish, dump)
     data: dict[str, Any] = {"report": encode_report(model.report), "output": None}
     parts: list[Any] = [model.report]

@@ -159,6 +159,7 @@ def test_a_wrong_toml_recipe(tmp_path: Path) -> None:
         (("dump", "m.fxopt", "--passes", "gptq"), 2, "--passes would change nothing"),
         (("explain", "m.fxopt", "-i", "f32[1]"), 2, "--input would change nothing"),
         (("bench", "m.fxopt", "--backends", "onnx"), 2, "--backends would change nothing"),
+        (("compile", f"{M}:pair", "-o", "nowhere/m.fxopt"), 2, "there is no folder 'nowhere'"),
         (("compile", "none.pt2"), 2, "there is no file none.pt2"),
         (("compile", f"{M}:net", "-i", "float[1]"), 2, "write it like"),
         (("compile", f"{M}:net", "-i", "f32[a]"), 2, "'a' is no size"),
