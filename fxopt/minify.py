@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -72,14 +72,7 @@ def minify(
     if len(inputs) != len(captured.inputs):
         raise InputError("minify takes models whose inputs are tensors alone")
     trial = _Trial(passes, target, backend, calibration, captured.program.signature)
-    error = trial(whole, inputs)
-    around = trial(model, arguments) if error is None else None
-    if around is not None:
-        raise InputError(
-            f"the model fails for what is around its graph, which no smaller graph shows: {around}"
-        ) from around
-    if error is None:
-        raise InputError("the model compiles with these passes on this backend: there is nothing to shrink")
+    error = trial(whole, inputs) or _nothing_to_shrink(trial(model, arguments))
     if isinstance(error, (SpecError, BackendUnavailable)):  # no part of the model is to blame
         raise error
     from torch._functorch.fx_minifier import minifier
@@ -91,6 +84,15 @@ def minify(
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         small, values = minifier(whole, inputs, fails, dump_state=lambda graph, values: None, skip_sanity=True)
     return _write(Path(folder), small, list(values), trial, trial(small, values) or error)
+
+
+def _nothing_to_shrink(error: FxoptError | None) -> NoReturn:
+    """Say why the graph has no part that fails; *error* is that of the model as it is."""
+    if error is not None:
+        raise InputError(
+            f"the model fails for what is around its graph, which no smaller graph shows: {error}"
+        ) from error
+    raise InputError("the model compiles with these passes on this backend: there is nothing to shrink")
 
 
 def _drop_checks(program: Program) -> None:
