@@ -40,8 +40,10 @@ def explain(error: Exception, model: nn.Module) -> str:
         what = "the model decides by the value of a tensor (data-dependent control flow), which one graph cannot hold"
         todo = "Write the branch with torch.where or torch.cond, or compile the parts around it."
     elif "Constraints violated" in text or "specialized" in text or "dynamic" in name.lower():
-        what = f"the dynamic shapes do not hold for this model: {text.splitlines()[0]}"
-        todo = "Relax dynamic_shapes as the message says, or make that size static.\n" + text
+        reasons = [line.strip(" -").partition(". ")[0] for line in text.splitlines() if line.lstrip().startswith("- ")]
+        what = f"the dynamic shapes do not hold for this model: {'; '.join(reasons) or text}"
+        fixes = " ".join(text.partition("Suggested fixes:")[2].partition("\n\n")[0].split("\n  ")).strip()
+        todo = "Relax dynamic_shapes, or make that size static" + (f": PyTorch suggests {fixes}" if fixes else ".")
     elif "not a known type" in text or "pytree" in text:
         what = f"an input or output is of a type that cannot be taken apart: {text.split('. ')[0]}"
         todo = "Return tensors, tuples, dicts or dataclasses, or register the type with torch.utils._pytree."
@@ -54,4 +56,5 @@ def explain(error: Exception, model: nn.Module) -> str:
     else:
         what = f"torch.export failed with {name}: {text.splitlines()[0] if text else ''}"
         todo = "Try torch.export.export(model, inputs) on its own to see all of it."
-    return f"{type(model).__name__} cannot be captured: {what}\n  {where}\n{todo}"
+    place = f"  {where}\n" if where else ""
+    return f"{type(model).__name__} cannot be captured: {what}\n{place}{todo}"
