@@ -97,7 +97,9 @@ class Unkernelled(nn.Module):
 
 
 def test_what_onnxruntime_itself_refuses_is_located() -> None:
-    with pytest.raises(fxopt.UnsupportedOp, match=f"onnxruntime.*aten.cos.*test_onnx_declined.py:{line_of('# no kernel')}"):
+    with pytest.raises(
+        fxopt.UnsupportedOp, match=f"onnxruntime.*aten.cos.*test_onnx_declined.py:{line_of('# no kernel')}"
+    ):
         lower(Unkernelled(), (torch.randn(3).bfloat16(),))
 
 
