@@ -54,9 +54,7 @@ def rewrite(
     if isinstance(expr, TensorLoad):
         return on_load(expr.source, [again(i) for i in expr.indices])
     if isinstance(expr, tirx.Var):
-        if expr not in variables:
-            return expr
-        new = variables[expr]
+        new = variables.get(expr, expr)
         return new if new.ty == expr.ty else tirx.Cast(str(expr.ty.dtype), new)
     if isinstance(expr, IntImm | FloatImm):
         return expr
@@ -71,6 +69,11 @@ def rewrite(
         return tirx.Cast(str(expr.ty.dtype), again(expr.value))
     if isinstance(expr, tirx.Select):
         return tirx.Select(again(expr.condition), again(expr.true_value), again(expr.false_value))
+    if isinstance(expr, tirx.Let):
+        value, variable = again(expr.value), tirx.Var(expr.var.name, str(expr.var.ty.dtype))
+        return tirx.Let(
+            variable, value, rewrite(expr.body, {**variables, expr.var: variable}, on_load, guarded, decide)
+        )
     if isinstance(expr, Call):
         return _call(expr, again, guarded, decide)
     raise UnknownExpressionError(type(expr).__name__)
@@ -85,8 +88,16 @@ def _call(call: Any, again: Callable[[Expr], Expr], guarded: Guard, decide: Call
     args = [again(a) for a in call.args]
     written = WRITTEN.get(name)
     if written is not None and str(call.ty.dtype) == "float32":
-        return written(*args)
+        return _once(args[0], written)
     return Call(call.op, args, call.attrs, call.ty_args, None, call.ty)
+
+
+def _once(value: Expr, function: Callable[[Expr], Expr]) -> Expr:
+    """``function(value)``, which names its argument many times: else code would grow with each function inside."""
+    if isinstance(value, tirx.Var | FloatImm):
+        return function(value)
+    variable = tirx.Var("x", str(value.ty.dtype))
+    return tirx.Let(variable, value, function(variable))
 
 
 def _branch(call: Any, again: Callable[[Expr], Expr], guarded: Guard, decide: Callable[[Expr], Expr] | None) -> Expr:
@@ -182,6 +193,8 @@ def _walk(expr: Expr, look: Callable[[Expr], None]) -> None:
         parts = list(expr.args)
     elif isinstance(expr, tirx.Select):
         parts = [expr.condition, expr.true_value, expr.false_value]
+    elif isinstance(expr, tirx.Let):
+        parts = [expr.value, expr.body]
     elif isinstance(expr, tirx.Cast):
         parts = [expr.value]
     elif isinstance(expr, _BINARY):

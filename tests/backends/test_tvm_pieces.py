@@ -109,6 +109,19 @@ def test_an_index_that_decides_guards_what_is_read(loops: list[str]) -> None:
     assert "if_then_else" in "".join(loops)
 
 
+def test_code_grows_with_the_number_of_functions_and_not_faster(loops: list[str]) -> None:
+    x, sizes = torch.randn(2, 5, 6, 20), []
+    for count in (1, 3):
+        loops.clear()
+        check(Function(lambda x, count=count: [x := x.tanh() for _ in range(count)][-1]), x)
+        sizes.append(len("".join(loops)))
+    assert sizes[1] < 4 * sizes[0]
+
+
+def test_heavy_functions_of_a_concatenation() -> None:
+    check(Function(lambda x: F.mish(torch.cat([x, x + 1], 1))), torch.randn(2, 5, 6, 20))
+
+
 def test_an_open_size() -> None:
     model = Function(lambda x: torch.cat([x, x * 2], -1).tanh())
     sizes = {"inputs": ({0: "batch", 1: "width"},)}
