@@ -27,6 +27,7 @@ def _passes() -> list[Any]:
         s_tir.transform.StmtSimplify(),  # else FlattenBuffer folds indices inside of conditions to wrong ones
         tirx.transform.FlattenBuffer(),
         tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.ConvertSSA(),  # rounding to bfloat16 repeats what it rounds, and variables that are bound in it
         tirx.transform.NarrowDataType(32),
         tirx.transform.VectorizeLoop(True),
         tirx.transform.UnrollLoop(),
