@@ -1,6 +1,7 @@
 """ONNX operators as Relax ones, where TVM's importer writes them in a form of its own, or not at all.
 
-BatchNormalization: TVM divides by a square root for each element; ours multiplies and adds.
+BatchNormalization: TVM divides by a square root for each element, and gives float32 for float16; ours multiplies and
+adds.
 Clip: TVM tests the bounds for NaN and writes loops; ours are two operators that layouts and fusion understand.
 ReduceLogSumExp: TVM gives NaN where the largest element is infinite.
 Max and Min: TVM stacks all tensors; ours go two by two.
@@ -30,12 +31,16 @@ _END = 2**31 - 1  # slices that go at least so far go to the end
 def _batch_norm(bb: Any, inputs: Any, attrs: Any) -> Any:
     """γ·(x − μ)/√(σ² + ε) + β as x·s + b."""
     x, numbers = inputs[0], [_constant(value) for value in inputs[1:5]]
-    if attrs.get("training_mode", 0) or any(n is None for n in numbers) or str(x.ty.dtype) != "float32":
+    if attrs.get("training_mode", 0) or any(n is None for n in numbers):
         return None
+    dtype = str(x.ty.dtype)
+    wide = "float64" if dtype == "float64" else "float32"
     gamma, beta, mean, variance = (n.astype(np.float64).reshape(-1, *[1] * (x.ty.ndim - 2)) for n in numbers)
     scale = gamma / np.sqrt(variance + float(attrs.get("epsilon", 1e-5)))
-    s, b = (relax.const(n.astype(np.float32), "float32") for n in (scale, beta - mean * scale))
-    return relax.op.add(bb.emit(relax.op.multiply(x, s)), b)
+    s, b = (relax.const(n.astype(wide), wide) for n in (scale, beta - mean * scale))
+    x = x if dtype == wide else bb.emit(relax.op.astype(x, wide))
+    result = relax.op.add(bb.emit(relax.op.multiply(x, s)), b)
+    return result if dtype == wide else relax.op.astype(bb.emit(result), dtype)
 
 
 def _clip(bb: Any, inputs: Any, attrs: Any) -> Any:

@@ -26,6 +26,16 @@ def test_layer_norms_of_bfloat16() -> None:
         torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_batch_norms_keep_their_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.BatchNorm2d(3), torch.randn(2, 3, 4, 5).to(dtype)
+    model.running_mean.normal_()  # type: ignore[union-attr]
+    model.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    compiled = fxopt.compile(model.to(dtype).eval(), example_inputs=(x,), backend="tvm")
+    torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("features", [96, 100])
 def test_weights_of_four_bits_are_the_numbers_of_the_graph(features: int) -> None:
     torch.manual_seed(0)
