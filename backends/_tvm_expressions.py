@@ -185,24 +185,39 @@ def _variables(expr: Expr) -> list[Expr]:
     return found
 
 
+def weight(expr: Expr, of_load: Callable[[Buffer], int]) -> int:
+    """About how often what *expr* reads stands in its code, with so much for each load of a buffer.
+
+    A function that is written out names its argument some twenty times. That is bound to a variable, but LLVM's code
+    generator in TVM puts what variables are bound to in their place, for its analysis of each of them.
+    """
+    if isinstance(expr, TensorLoad):
+        return of_load(expr.source)
+    inside = 1 + sum(weight(part, of_load) for part in _parts(expr))
+    long = isinstance(expr, Call) and name_of(expr) in WRITTEN and name_of(expr) != "rsqrt"
+    return 20 * inside if long else inside
+
+
 def _walk(expr: Expr, look: Callable[[Expr], None]) -> None:
     look(expr)
-    if isinstance(expr, TensorLoad):
-        parts = list(expr.indices)
-    elif isinstance(expr, Call):
-        parts = list(expr.args)
-    elif isinstance(expr, tirx.Select):
-        parts = [expr.condition, expr.true_value, expr.false_value]
-    elif isinstance(expr, tirx.Let):
-        parts = [expr.value, expr.body]
-    elif isinstance(expr, tirx.Cast):
-        parts = [expr.value]
-    elif isinstance(expr, _BINARY):
-        parts = [expr.a, expr.b]
-    else:
-        parts = [expr.a] if isinstance(expr, tirx.Not | tirx.BitwiseNot) else []
-    for part in parts:
+    for part in _parts(expr):
         _walk(part, look)
+
+
+def _parts(expr: Expr) -> list[Expr]:
+    if isinstance(expr, TensorLoad):
+        return list(expr.indices)
+    if isinstance(expr, Call):
+        return list(expr.args)
+    if isinstance(expr, tirx.Select):
+        return [expr.condition, expr.true_value, expr.false_value]
+    if isinstance(expr, tirx.Let):
+        return [expr.value, expr.body]
+    if isinstance(expr, tirx.Cast):
+        return [expr.value]
+    if isinstance(expr, _BINARY):
+        return [expr.a, expr.b]
+    return [expr.a] if isinstance(expr, tirx.Not | tirx.BitwiseNot) else []
 
 
 _VECTOR = {

@@ -14,9 +14,12 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx
 
-from fxopt.backends._tvm_expressions import branches_on, is_vector_code, loads, reads_in_place, rewrite
+from fxopt.backends._tvm_expressions import branches_on, is_vector_code, loads, reads_in_place, rewrite, weight
 from fxopt.backends._tvm_loops import Buffer, Expr, Stmt, flat_view, index, load, static, store, unravel
 from fxopt.backends._tvm_stages import Stage
+
+HEAVY, LIGHT = 2000, 20
+"""Weights of what is cut, and of what is no reason for it: mish has 400, silu of silu as well."""
 
 Hook = Callable[[Sequence[Expr]], Expr]
 
@@ -50,6 +53,19 @@ class Lowering:
                 self.readers.setdefault(buffer, []).append(stage)
         self._reduced = self._read_by_reductions()
         self._stored = {stage.buffer for stage in stages if self._is_root(stage)}
+        self._store_what_is_heavy()
+
+    def _store_what_is_heavy(self) -> None:
+        """Cut chains of functions, the code of which would grow with each of them by a factor."""
+        weights: dict[Buffer, int] = {}
+
+        def of_load(buffer: Buffer) -> int:
+            return 1 if self.is_stored(buffer) else weights[buffer]
+
+        for stage in self.stages:
+            if weight(stage.value, of_load) > HEAVY:
+                self._stored.update(b for b in self._read[stage.buffer] if b in weights and weights[b] > LIGHT)
+            weights[stage.buffer] = weight(stage.value, of_load)
 
     def _is_root(self, stage: Stage) -> bool:
         readers = self.readers.get(stage.buffer, [])

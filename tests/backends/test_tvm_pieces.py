@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,3 +130,25 @@ def test_an_open_size() -> None:
     made = fxopt.compile(model, example_inputs=(torch.randn(2, 20),), dynamic_shapes=sizes, target="x86", backend="tvm")
     x = torch.randn(3, 37)
     torch.testing.assert_close(made(x), model(x))
+
+
+def _chain(*functions: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: functools.reduce(lambda value, function: function(value), functions, x)
+
+
+CHAINS = {
+    "functions of functions": _chain(*[torch.tanh] * 6),
+    "behind a concatenation": _chain(lambda x: torch.cat([x, x + 1], 2), *[F.silu] * 8),
+    "in rows": _chain(*[F.mish] * 3, lambda x: x.softmax(-1)),
+    "doubled": _chain(lambda x: torch.cat([x, x + 1], 0), *[lambda x: x * 0.5 + x.abs() * 0.3] * 14),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_code_does_not_grow_by_a_factor_with_each_function(name: str) -> None:
+    check(Function(CHAINS[name]), torch.randn(2, 3, 20) / 2)
+
+
+def test_a_convolution_with_several_functions_after_it() -> None:
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1)
+    check(nn.Sequential(first, nn.SiLU(), nn.Mish(), nn.Tanh(), second, nn.Mish(), nn.Mish()), torch.randn(1, 3, 9, 9))
