@@ -127,7 +127,9 @@ class Built:
             if compiler is None:
                 self.library.export_library(str(path))
             else:
-                self.library.export_library(str(path), fcompile=tvm.support.cc.create_shared, cc=compiler)
+                without_debug = ["-Wl,-S"]  # TVM writes more of that than code
+                create = tvm.support.cc.create_shared
+                self.library.export_library(str(path), fcompile=create, cc=compiler, options=without_debug)
         except (OSError, RuntimeError) as error:
             raise ArtifactError(f"cannot link {path}: {str(error).strip().splitlines()[-1]}") from error
 

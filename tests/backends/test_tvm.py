@@ -205,6 +205,7 @@ def test_a_saved_library_needs_only_the_runtime(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3)), torch.randn(1, 3, 12, 12)
     compiled = fxopt.compile(model, example_inputs=(x,), backend="tvm")
     compiled.save(tmp_path / "model.so")
+    assert b".debug_" not in (tmp_path / "model.so").read_bytes()
     np.save(tmp_path / "x.npy", x.numpy())
     from fxopt.backends._tvm_build import Built
 
