@@ -20,6 +20,8 @@ _BINARY = (
     tirx.LShift, tirx.RShift, tirx.BitwiseAnd, tirx.BitwiseOr, tirx.BitwiseXor,
 )  # fmt: skip
 
+_COMPARISONS = (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE)
+
 OnLoad = Callable[[Buffer, list[Expr]], Expr]
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -59,10 +61,9 @@ def rewrite(
     if isinstance(expr, IntImm | FloatImm):
         return expr
     if isinstance(expr, _BINARY):
-        a, b = again(expr.a), again(expr.b)
-        if isinstance(expr, tirx.EQ | tirx.NE) and str(a.ty.dtype) == "bool":  # vectors of which it compares as floats
-            a, b = tirx.Cast("int8", a), tirx.Cast("int8", b)
-        return extreme(type(expr), a, b) if isinstance(expr, tirx.Max | tirx.Min) else type(expr)(a, b)
+        return _binary(type(expr), again(expr.a), again(expr.b))
+    if isinstance(expr, tirx.Not) and loads(expr.a):  # of data: TVM would make x ≥ y of it where it is ¬(x < y)
+        return tirx.EQ(tirx.Cast("int8", again(expr.a)), IntImm("int8", 0))
     if isinstance(expr, tirx.Not | tirx.BitwiseNot):
         return type(expr)(again(expr.a))
     if isinstance(expr, tirx.Cast):
@@ -77,6 +78,17 @@ def rewrite(
     if isinstance(expr, Call):
         return _call(expr, again, guarded, decide)
     raise UnknownExpressionError(type(expr).__name__)
+
+
+def _binary(kind: Any, a: Expr, b: Expr) -> Expr:
+    dtype = str(a.ty.dtype)
+    if kind in (tirx.Max, tirx.Min):
+        return extreme(kind, a, b)
+    if kind in (tirx.EQ, tirx.NE) and dtype == "bool":  # vectors of which it compares as floats
+        return kind(tirx.Cast("int8", a), tirx.Cast("int8", b))
+    if kind in _COMPARISONS and dtype in BITS and not isinstance(b, FloatImm):
+        return kind(a, tirx.reinterpret(dtype, tirx.reinterpret(BITS[dtype][0], b)))  # else x = x would be true for NaN
+    return kind(a, b)
 
 
 def _call(call: Any, again: Callable[[Expr], Expr], guarded: Guard, decide: Callable[[Expr], Expr] | None) -> Expr:
