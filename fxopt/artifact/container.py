@@ -129,7 +129,7 @@ class Container:
             raise ArtifactError(f"there is no file {path}") from None
         except IsADirectoryError:
             raise ArtifactError(f"{path} is a folder, not a file") from None
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeError) as error:
             raise ArtifactError(f"{path} is no fxopt artifact, or is cut off: {error}") from error
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error}") from error

@@ -335,6 +335,14 @@ def test_damage_is_found(saved: Path, tmp_path: Path) -> None:
             fxopt.load(path)
 
 
+def test_a_member_whose_name_is_no_text(saved: Path, tmp_path: Path) -> None:
+    path = sealed(tmp_path / "m.fxopt", {**members(saved), "é.bin": b""})  # the name as UTF-8, as a flag beside it says
+    content = path.read_bytes()
+    path.write_bytes(content.replace("é.bin".encode(), b"\xc0\xc0.bin"))
+    with pytest.raises(ArtifactError, match="no fxopt artifact, or is cut off: 'utf-8'"):
+        fxopt.load(path)
+
+
 def test_what_is_no_artifact_gets_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "text.fxopt").write_text("hello")
     with zipfile.ZipFile(tmp_path / "zip.fxopt", "w") as archive:
