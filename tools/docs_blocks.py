@@ -207,10 +207,16 @@ def _console(one: Block) -> Iterator[str]:
 
 def _fxopt(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """(exit status, output) of the command fxopt."""
+    from unittest import mock
+
     from typer.testing import CliRunner
 
     from fxopt.cli import app
 
-    done = CliRunner().invoke(app, arguments, env=environment)
+    shell = mock.patch(
+        "shellingham.detect_shell", return_value=("bash", "/bin/bash")
+    )  # a reader has one, a test may not
+    with shell:
+        done = CliRunner().invoke(app, arguments, env=environment)
     problem = "" if done.exception is None or isinstance(done.exception, SystemExit) else repr(done.exception)
     return done.exit_code, done.output + problem
