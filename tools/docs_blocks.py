@@ -213,10 +213,8 @@ def _fxopt(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]
 
     from fxopt.cli import app
 
-    shell = mock.patch(
-        "shellingham.detect_shell", return_value=("bash", "/bin/bash")
-    )  # a reader has one, a test may not
-    with shell:
+    # A reader has a shell, a test may have none.
+    with mock.patch("shellingham.detect_shell", return_value=("bash", "/bin/bash")):
         done = CliRunner().invoke(app, arguments, env=environment)
     problem = "" if done.exception is None or isinstance(done.exception, SystemExit) else repr(done.exception)
     return done.exit_code, done.output + problem
