@@ -31,7 +31,7 @@ _END = 2**31 - 1  # slices that go at least so far go to the end
 def _batch_norm(bb: Any, inputs: Any, attrs: Any) -> Any:
     """γ·(x − μ)/√(σ² + ε) + β as x·s + b."""
     x, numbers = inputs[0], [_constant(value) for value in inputs[1:5]]
-    if attrs.get("training_mode", 0) or any(n is None for n in numbers):
+    if attrs.get("training_mode", 0) or any(n is None for n in numbers) or x.ty.ndim < 2:  # -1: a rank that is open
         return None
     dtype = str(x.ty.dtype)
     wide = "float64" if dtype == "float64" else "float32"

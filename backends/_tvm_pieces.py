@@ -77,10 +77,9 @@ def _border(condition: Expr, axis: Expr) -> list[int]:
 
 
 def _within(lowering: Lowering, root: Stage, axis: Expr, start: int, end: int) -> Expr:
-    """The value of *root* where its last index is from *start* to *end*."""
+    """The value of *root* where its index *axis* is from *start* to *end*."""
     analyzer = Analyzer()
     analyzer.bind(axis, ir.Range(index(start), index(end)))
-
     return _inlined(lowering, root, analyzer.simplify)
 
 
